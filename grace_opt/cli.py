@@ -1,0 +1,449 @@
+"""The command line. Data goes to stdout, talk to stderr; bad input is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import grace_opt
+from grace_opt.config import read_config
+from grace_opt.errors import InputError
+
+if TYPE_CHECKING:
+    from grace_opt.solution import Limits
+
+app = typer.Typer(
+    name="grace-opt",
+    help="Choose which channels of a key/value cache to drop, prove how good the choice is, and apply it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(width=None if sys.stdout.isatty() else 120)  # a pipe is no reason to fold tables
+err = Console(stderr=True)
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+def _config_callback(ctx: typer.Context, path: Path | None) -> Path | None:
+    if path is not None:
+        ctx.default_map = {**(ctx.default_map or {}), **read_config(path)}
+    return path
+
+
+def _option(*names: str, help: str, **more: Any) -> Any:
+    """An option that also reads GRACE_OPT_<NAME>."""
+    longest = max(names[0].split("/")[0].split(), key=len).lstrip("-")
+    return typer.Option(*names, help=help, envvar=f"GRACE_OPT_{longest.replace('-', '_').upper()}", **more)
+
+
+ConfigOption = Annotated[
+    Path | None,
+    _option(
+        "--config",
+        help="TOML file of options, overruled by the environment and by flags.",
+        is_eager=True,
+        callback=_config_callback,
+    ),
+]
+FormatOption = Annotated[Format, typer.Option("--format", "-f", help="table, or json for programs.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Also say where each option came from.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but data and errors.")]
+SeedOption = Annotated[int, _option("--seed", help="Seed of all randomness.")]
+RatioOption = Annotated[float, _option("--ratio", help="Fraction of each head's channels to prune, in [0, 1).")]
+SolverOption = Annotated[str, _option("--solver", help="Solver name; grace-opt solvers lists them.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="smollm2-135m (fetched from its package), a local folder, or a hub id.")
+]
+DtypeOption = Annotated[str, _option("--dtype", help="float32, bfloat16, float16 or auto.")]
+DeviceOption = Annotated[str, _option("--device", help="Torch device, e.g. cpu or cuda.")]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+
+
+@app.command()
+def calibrate(
+    ctx: typer.Context,
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Graph bundle to write (.safetensors).")],
+    text: Annotated[
+        str | None,
+        _option("--text", help="UTF-8 text file, or - for standard input; Python's own documentation if left out."),
+    ] = None,
+    tokens: Annotated[int, _option("--tokens", help="Tokens of text to run.")] = 4096,
+    window: Annotated[
+        int | None, _option("--window", help="Tokens of one forward pass; 1024, or fewer where tokens or context are.")
+    ] = None,
+    observation_window: Annotated[
+        int, _option("--observation-window", help="Last queries of a window that count.")
+    ] = 32,
+    recent_window: Annotated[int, _option("--recent-window", help="Last keys of a window, whole in the cache.")] = 32,
+    sinks: Annotated[int, _option("--sinks", help="First keys of a window, whole in the cache.")] = 4,
+    protection_multiple: Annotated[
+        float, _option("--protection-multiple", help="Salient: key norm above mean + this many standard deviations.")
+    ] = 1.0,
+    protection_at_least: Annotated[
+        float, _option("--protection-at-least", help="Protect at least this fraction (a).")
+    ] = 0.05,
+    protection_at_most: Annotated[
+        float, _option("--protection-at-most", help="Protect at most this fraction (b).")
+    ] = 0.20,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    config: ConfigOption = None,
+    format: FormatOption = Format.TABLE,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a model over text and write the channel graph of every layer and KV head."""
+    _explain(ctx, verbose)
+    from grace_opt.calibrate import Calibration
+    from grace_opt.graphs import Protection, save_bundle
+    from grace_opt.models import load_model
+    from grace_opt.texts import DEFAULT_TEXT, read_pieces
+
+    options = Calibration(
+        tokens=tokens,
+        window=window,
+        observation_window=observation_window,
+        recent_window=recent_window,
+        sinks=sinks,
+        protection=Protection(protection_multiple, protection_at_least, protection_at_most),
+    )
+    _require_writable(output)
+    _hush_transformers(quiet)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    with _progress(quiet) as progress:
+        task = progress.add_task("calibrate, tokens", total=tokens)
+        bundle = grace_opt.calibrate(
+            loaded,
+            tokenizer,
+            read_pieces(text),
+            options,
+            model_name=model,
+            text_name=text or DEFAULT_TEXT,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    save_bundle(bundle, output)
+    done = int(bundle.metadata["tokens"])
+    if done + int(bundle.metadata["window"]) <= tokens and not quiet:
+        _say(f"the text gave {done} tokens in whole windows, of the {tokens} asked for")
+    record = {"bundle": str(output), "heads": len(bundle.heads), **bundle.metadata}
+    _print_records([record], format, ["bundle", "model", "heads", "head_dim", "tokens", "text"])
+
+
+@app.command()
+def solve(
+    ctx: typer.Context,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Graph bundle, from grace-opt calibrate.")],
+    output: OutputFolder,
+    ratio: RatioOption,
+    solver: SolverOption = "greedy",
+    solver_option: Annotated[
+        list[str] | None, _option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")
+    ] = None,
+    protect: Annotated[
+        bool, _option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them.")
+    ] = True,
+    recent_window: Annotated[
+        int | None, _option("--recent-window", help="Of the mask; the graphs' own if left out.")
+    ] = None,
+    sinks: Annotated[int | None, _option("--sinks", help="Of the mask; the graphs' own if left out.")] = None,
+    time_limit: Annotated[float | None, _option("--time-limit", help="Seconds for each head.")] = None,
+    gap_rel: Annotated[float, _option("--gap-rel", help="Relative gap at which a head counts as optimal.")] = 1e-6,
+    gap_abs: Annotated[float, _option("--gap-abs", help="Absolute gap at which a head counts as optimal.")] = 0.0,
+    node_limit: Annotated[int | None, _option("--node-limit", help="Nodes for each head.")] = None,
+    iteration_limit: Annotated[int | None, _option("--iteration-limit", help="Iterations for each head.")] = None,
+    seed: SeedOption = 0,
+    threads: Annotated[int, _option("--threads", help="Threads of one solve.")] = 1,
+    config: ConfigOption = None,
+    format: FormatOption = Format.TABLE,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Choose the channels to prune in every head of a bundle, and write the mask."""
+    sources = _explain(ctx, verbose)
+    from grace_opt.files import write_json, write_text
+    from grace_opt.graphs import load_bundle
+    from grace_opt.masks import mask_from_solutions, save_mask
+    from grace_opt.registry import create
+    from grace_opt.solution import Limits
+
+    limits = Limits(time_limit, gap_rel, gap_abs, node_limit, iteration_limit, seed, threads)
+    runner = create(solver, _key_values(solver_option or []))
+    graphs = load_bundle(bundle)
+    problems = graphs.problems(ratio, protect=protect)
+    _require_writable(output / "kv_mask.json")
+    with _progress(quiet) as progress:
+        task = progress.add_task(f"{solver}, heads", total=len(problems))
+        solutions = grace_opt.solve_many(
+            problems, runner, limits=limits, progress=lambda solution: progress.update(task, advance=1)
+        )
+    records = [solution.record() for solution in solutions]
+    mask = mask_from_solutions(graphs, solutions, recent_window=recent_window, sinks=sinks)
+    save_mask(mask, output)
+    write_text(output / "records.jsonl", "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    write_json(output / "run.json", _provenance(sources, limits, records[0]["versions"]))
+    if format is Format.JSON:
+        _print_records(records, format)
+        return
+    if verbose:
+        _print_records(records, format, ["problem", "n", "prune", "status", "objective", "lower_bound", "gap", "limit"])
+    else:
+        _print_records(_by_layer(records), format)
+    if not quiet:
+        _say(f"mask written to {output}")
+
+
+@app.command()
+def generate(
+    ctx: typer.Context,
+    model: ModelArgument,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Mask folder, from grace-opt solve; the plain cache if left out.")
+    ] = None,
+    prompt: Annotated[
+        str | None, _option("--prompt", help="The prompt; standard input if it and --prompt-file are left out.")
+    ] = None,
+    prompt_file: Annotated[str | None, typer.Option("--prompt-file", help="UTF-8 file with the prompt, or -.")] = None,
+    max_new_tokens: Annotated[int, _option("--max-new-tokens", help="How many tokens to generate at most.")] = 64,
+    num_beams: Annotated[int, _option("--num-beams", help="Beams; 1 is greedy decoding.")] = 1,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    config: ConfigOption = None,
+    format: FormatOption = Format.TABLE,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Continue a prompt with a channel-pruned cache."""
+    _explain(ctx, verbose)
+    from grace_opt.generate import generate as run
+    from grace_opt.masks import load_mask
+    from grace_opt.models import load_model
+    from grace_opt.texts import read_pieces
+
+    if prompt is None:
+        prompt = "".join(read_pieces(prompt_file or "-"))
+    elif prompt_file is not None:
+        raise InputError("--prompt and --prompt-file exclude each other; give one of them")
+    loaded_mask = None if mask is None else load_mask(mask)
+    _hush_transformers(quiet)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    record = run(loaded, tokenizer, prompt, loaded_mask, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    if format is Format.JSON:
+        _print_records([{"model": model, "mask": None if mask is None else str(mask), **record}], format)
+        return
+    print(record["text"])
+    if not quiet:
+        _say(
+            f"{record['new_tokens']} tokens in {record['seconds']:.2f} s; the cache holds {record['tokens']} tokens in "
+            f"{record['cache_bytes']:,} bytes, {record['cache_bytes'] / record['full_cache_bytes']:.1%} of a full one"
+        )
+
+
+@app.command()
+def solvers(format: FormatOption = Format.TABLE) -> None:
+    """List the solvers: names, what each guarantees, what it needs."""
+    from grace_opt import registry
+
+    records = [
+        {"solver": info.name, "guarantee": info.guarantee, "needs": info.needs, "origin": info.origin}
+        for info in registry.solvers()
+    ]
+    _print_records(records, format)
+
+
+@app.command()
+def demo(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="As in the other commands.")] = "smollm2-135m",
+    output: OutputFolder = Path("demo"),
+    ratio: RatioOption = 0.5,
+    solver: SolverOption = "greedy",
+    context: Annotated[int, typer.Option("--context", help="Tokens of the long prompt.")] = 1024,
+    max_new_tokens: Annotated[int, _option("--max-new-tokens", help="Tokens to generate.")] = 64,
+    config: ConfigOption = None,
+    format: FormatOption = Format.TABLE,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The whole path on a real model: calibrate, solve, generate with full and pruned cache, one table, one picture."""
+    _explain(ctx, verbose)
+    from grace_opt.demo import run
+
+    _require_writable(output / "graphs.safetensors")
+    _hush_transformers(quiet)
+    with _progress(quiet) as progress:
+        task = progress.add_task("", total=None)
+        result = run(
+            model,
+            output,
+            ratio=ratio,
+            solver=solver,
+            context=context,
+            new_tokens=max_new_tokens,
+            progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        )
+    if format is Format.JSON:
+        _print_records(result.records, format)
+        return
+    out.print(result.table())
+    for record in result.records:
+        print(f"{record['cache']}: {record['text'][:100]!r}")
+    print(f"picture: {result.picture}")
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        print(grace_opt.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script: run a command, turn failures into one sentence and an exit code."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    if debug:  # may stand anywhere on the line
+        arguments = [argument for argument in arguments if argument != "--debug"]
+    else:
+        # Other libraries' remarks are not for our users; errors reach them as exceptions.
+        warnings.simplefilter("ignore")
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        code = app(arguments, prog_name="grace-opt", standalone_mode=False)
+    except InputError as error:
+        code = _failed(str(error), 2, debug)
+    except KeyboardInterrupt:
+        code = 130
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error, of the command line parser
+            code = _failed(error.format_message(), 2, debug=False)
+        elif isinstance(error, OSError | MemoryError):
+            code = _failed(f"{error or 'out of memory'}", 2, debug)
+        else:
+            code = _failed(f"unexpected {type(error).__name__}: {error}; --debug shows where", 1, debug)
+    if code == 130:
+        print("interrupted", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _failed(message: str, code: int, debug: bool) -> int:
+    if debug:
+        err.print_exception()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _explain(ctx: typer.Context, verbose: bool) -> dict[str, dict[str, Any]]:
+    """The resolved options and where each came from; printed with -v."""
+    words = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config file", "DEFAULT": "default"}
+    resolved = {}
+    for name, value in ctx.params.items():
+        source = ctx.get_parameter_source(name)
+        shown = str(value) if isinstance(value, Path) else value
+        resolved[name] = {"value": shown, "source": words.get(source.name if source else "", "default")}
+    if verbose:
+        for name, entry in resolved.items():
+            _say(f"{name} = {entry['value']} ({entry['source']})")
+    return resolved
+
+
+def _provenance(options: dict[str, Any], limits: Limits, versions: dict[str, str]) -> dict[str, Any]:
+    """What must stand beside numbers for them to be made again."""
+    return {"command": ["grace-opt", *sys.argv[1:]], "options": options, "seed": limits.seed, "versions": versions}
+
+
+def _hush_transformers(quiet: bool) -> None:
+    """No loading bars where nobody watches."""
+    if quiet or not err.is_terminal:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _require_writable(path: Path) -> None:
+    """Fail before the work, not after it, when the output cannot be written."""
+    from grace_opt.files import check_writable
+
+    check_writable(path)
+
+
+def _key_values(pairs: list[str]) -> dict[str, str]:
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"--solver-option takes NAME=VALUE, got {pair!r}")
+        options[name] = value
+    return options
+
+
+def _progress(quiet: bool) -> Progress:
+    """A bar on stderr that vanishes when done; none where stderr is not a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=quiet or not err.is_terminal,
+    )
+
+
+def _by_layer(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a layer and kind: a table that fits a screen."""
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        layer, kind = record["problem"].split(".kv_heads.")[0], record["problem"].rsplit(".", 1)[-1]
+        row = rows.setdefault(f"{layer}.{kind}", {"layer": layer, "kind": kind, "heads": 0, "objective": 0.0})
+        row["heads"] += 1
+        row["objective"] += record["objective"]
+        row["pruned"] = f"{record['prune']} of {record['n']}"
+        row.setdefault("statuses", set()).add(record["status"])
+    return [{**row, "statuses": ", ".join(sorted(row["statuses"]))} for row in rows.values()]
+
+
+def _print_records(records: list[dict[str, Any]], format: Format, columns: list[str] | None = None) -> None:
+    if format is Format.JSON:
+        sys.stdout.write(json.dumps({"records": records}, allow_nan=False) + "\n")
+        return
+    columns = columns or list(records[0])
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for record in records:
+        table.add_row(*(_cell(record.get(name)) for name in columns))
+    out.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

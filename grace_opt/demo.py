@@ -1,0 +1,142 @@
+"""The whole path on a real model in one call: calibrate, solve, apply, generate, compare."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grace_opt.calibrate import Calibration, calibrate
+from grace_opt.files import write_json
+from grace_opt.graphs import save_bundle
+from grace_opt.masks import KVMask, mask_from_solutions, save_mask
+from grace_opt.models import load_model
+from grace_opt.plots import kept_channels
+from grace_opt.solve import solve_many
+from grace_opt.texts import DEFAULT_TEXT, read_pieces, token_windows
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from grace_opt.generate import Forced
+
+# Calibrated on the language reference, tried on other prose that every CPython carries: how its modules say they work.
+_PROMPT_MODULES = (
+    "statistics",
+    "argparse",
+    "copy",
+    "http.cookies",
+    "heapq",
+    "urllib.parse",
+    "doctest",
+    "typing",
+    "random",
+    "pdb",
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured (one record a cache, the full one first) and the picture it drew."""
+
+    records: list[dict[str, Any]]
+    picture: Path
+
+    def table(self) -> Table:
+        """The one table."""
+        from rich import box
+        from rich.table import Table
+
+        first = self.records[0]
+        title = f"{first['model']}, {first['prompt_tokens']} prompt tokens, {first['new_tokens']} new ones"
+        table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+        for name in ("cache", "keys kept", "cache bytes", "KL/token", "agree", "prefill", "per token"):
+            table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
+        for record in self.records:
+            table.add_row(
+                str(record["cache"]),
+                f"{record['kept_channels']} of {record['head_dim']}",
+                f"{record['cache_bytes'] / 1e6:.1f} MB ({record['cache_bytes'] / first['cache_bytes']:.0%})",
+                f"{record['kl']:.4f}",
+                f"{record['agree']} of {record['new_tokens']}",
+                f"{record['prefill_seconds']:.1f} s",
+                f"{record['decode_seconds'] / record['new_tokens'] * 1e3:.0f} ms",
+            )
+        return table
+
+
+def run(
+    model_name: str,
+    folder: Path,
+    *,
+    ratio: float = 0.5,
+    solver: str = "greedy",
+    context: int = 1024,
+    new_tokens: int = 64,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> DemoResult:
+    """Calibrate ``model_name``, solve at ``ratio``, generate from a long prompt with the full and the pruned cache.
+
+    Both decode greedily (``text`` and the times). Then the pruned cache is fed the full one's tokens, so that ``kl``
+    (nats, mean over the new tokens) and ``agree`` (how often it would have chosen the same token) compare like with
+    like. Leaves graphs.safetensors, mask/, kept-channels.png and demo.json in ``folder``.
+    """
+    import torch
+
+    from grace_opt.generate import forced, kl_per_token
+
+    progress(f"load {model_name}", 0, 1)
+    model, tokenizer = load_model(model_name)
+    bundle = calibrate(
+        model,
+        tokenizer,
+        read_pieces(None),
+        Calibration(),
+        model_name=model_name,
+        text_name=DEFAULT_TEXT,
+        progress=lambda done, total: progress("calibrate, tokens", done, total),
+    )
+    save_bundle(bundle, folder / "graphs.safetensors")
+    solutions = solve_many(bundle.problems(ratio), solver)
+    mask = mask_from_solutions(bundle, solutions)
+    save_mask(mask, folder / "mask")
+    picture = folder / "kept-channels.png"
+    kept_channels(mask, picture, f"{model_name}: key channels kept at ratio {ratio:g} by {solver}")
+
+    pieces = [inspect.getdoc(importlib.import_module(name)) or "" for name in _PROMPT_MODULES]
+    prompt = torch.tensor([next(token_windows(pieces, tokenizer, context, context))], device=model.device)
+
+    def decode(tokens: torch.Tensor | int, used: KVMask | None, what: str) -> tuple[Forced, torch.Tensor]:
+        return forced(model, prompt, tokens, used, lambda done: progress(what, done, new_tokens))
+
+    reference, reference_tokens = decode(new_tokens, None, "generate, full cache")
+    free, free_tokens = decode(new_tokens, mask, "generate, pruned cache")
+    judged, _ = decode(reference_tokens, mask, "pruned cache, the full one's tokens")
+    records = [
+        {
+            "model": model_name,
+            "cache": name,
+            "ratio": used_ratio,
+            "solver": solver if used_ratio else None,
+            "kept_channels": kept,
+            "head_dim": mask.head_dim,
+            "prompt_tokens": prompt.shape[1],
+            "new_tokens": new_tokens,
+            "cache_bytes": run.cache_bytes,
+            "kl": float(kl_per_token(reference.logits, scored.logits).mean()),
+            "agree": int((scored.logits.argmax(-1) == reference_tokens).sum()),
+            "prefill_seconds": run.prefill_seconds,
+            "decode_seconds": run.decode_seconds,
+            "text": tokenizer.decode(tokens),
+        }
+        for name, used_ratio, kept, run, scored, tokens in (
+            ("full", 0.0, mask.head_dim, reference, reference, reference_tokens),
+            ("pruned", ratio, mask.head_dim - solutions[0].prune, free, judged, free_tokens),
+        )
+    ]
+    write_json(folder / "demo.json", {"records": records})
+    return DemoResult(records, picture)

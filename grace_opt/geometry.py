@@ -1,0 +1,43 @@
+"""What ties graphs and masks to a model: its attention geometry and a hash of the configuration behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+# Only what shapes keys and queries, by names that are the same in every transformers release.
+_HASHED = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a transformers configuration that describes the language model."""
+    return config.get_text_config()
+
+
+def config_sha256(config: Any) -> str:
+    """sha256 (hex) of the fields that shape keys and queries, and the RoPE base; the same for all fine-tunes."""
+    text = text_config(config)
+    fields = {name: getattr(text, name, None) for name in _HASHED}
+    rope = getattr(text, "rope_parameters", None) or {}
+    fields["rope_theta"] = rope.get("rope_theta", getattr(text, "rope_theta", None))
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def head_dim(config: Any) -> int | None:
+    """Channels of a key, as far as the configuration says."""
+    text = text_config(config)
+    stated = getattr(text, "head_dim", None)
+    if stated:
+        return int(stated)
+    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    return int(hidden) // int(heads) if hidden and heads else None

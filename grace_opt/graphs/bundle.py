@@ -1,0 +1,147 @@
+"""The graph bundle: one safetensors file with the channel graph of every layer and KV head (docs/formats.md)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from grace_opt.errors import InputError
+from grace_opt.files import read_safetensors, replacing, write_safetensors
+from grace_opt.problem import BoolArray, FloatArray, IntArray, SubsetProblem
+
+FORMAT, VERSION = "grace_opt.graphs", "1"
+
+Kind = Literal["key", "value"]
+_STATISTICS = ("query_gram", "key_gram", "key_mean", "protected", "groups")
+_TENSOR = re.compile(r"layers\.(\d+)\.kv_heads\.(\d+)\.(key|value)\.(\w+)")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGraph:
+    """The channel graph of one KV head, for its keys or its values.
+
+    ``weights`` float64[n, n] is W. Optional: ``query_gram`` and ``key_gram`` float64[n, n], ``key_mean``
+    float64[n], ``protected`` bool[n], ``groups`` int64[n] (tied channels, see SubsetProblem).
+    """
+
+    layer: int
+    kv_head: int
+    kind: Kind
+    weights: FloatArray
+    query_gram: FloatArray | None = None
+    key_gram: FloatArray | None = None
+    key_mean: FloatArray | None = None
+    protected: BoolArray | None = None
+    groups: IntArray | None = None
+
+    @property
+    def name(self) -> str:
+        """The prefix of the head's tensors, and the name of its problem."""
+        return f"layers.{self.layer}.kv_heads.{self.kv_head}.{self.kind}"
+
+
+@dataclass(frozen=True, eq=False)
+class GraphBundle:
+    """The graphs of a model, sorted by layer, KV head and kind, and the file's metadata."""
+
+    heads: tuple[HeadGraph, ...]
+    metadata: Mapping[str, str]
+
+    def problems(self, ratio: float, *, protect: bool = True) -> list[SubsetProblem]:
+        """One problem a head that prunes floor(ratio * n) of its n channels (the uniform budget).
+
+        ``protect=False`` ignores the bundle's protected channels. Raises InputError if the ratio is outside
+        [0, 1), or leaves a head with more to prune than is prunable.
+        """
+        if not 0 <= ratio < 1:  # also refuses NaN
+            raise InputError(f"the ratio must be at least 0 and below 1, got {ratio}")
+        return [
+            SubsetProblem(
+                head.weights,
+                prune=math.floor(ratio * len(head.weights) + 1e-9),
+                protected=head.protected if protect else None,
+                groups=head.groups,
+                name=head.name,
+            )
+            for head in self.heads
+        ]
+
+    def integer(self, key: str, default: int) -> int:
+        """A whole number of the metadata."""
+        text = self.metadata.get(key, str(default))
+        try:
+            return int(text)
+        except ValueError:
+            raise InputError(f"the bundle's metadata says {key} = {text!r}, which is not a whole number") from None
+
+
+def save_bundle(bundle: GraphBundle, path: str | Path) -> None:
+    """Write a bundle; the file appears under its name only when it is whole. Raises InputError."""
+    tensors: dict[str, np.ndarray] = {}
+    for head in bundle.heads:
+        tensors[f"{head.name}.weights"] = head.weights
+        for statistic in _STATISTICS:
+            array = getattr(head, statistic)
+            if array is not None:
+                tensors[f"{head.name}.{statistic}"] = array
+    with replacing(path) as temporary:
+        write_safetensors(temporary, tensors, {**bundle.metadata, "format": FORMAT, "version": VERSION})
+
+
+def load_bundle(path: str | Path) -> GraphBundle:
+    """Read and check a bundle. Tensors of unknown names are left alone.
+
+    Raises:
+        InputError: if the file is missing, truncated, of another format or version, or holds no graph, or a
+            tensor has the wrong shape. (NaN and asymmetry are found when a problem is made of a graph.)
+    """
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path} is not a graph bundle (format {metadata.get('format')!r}, expected {FORMAT!r})")
+    if metadata.get("version") != VERSION:
+        raise InputError(
+            f"{path} is a graph bundle of version {metadata.get('version')!r}; this grace-opt reads version {VERSION}"
+        )
+    found: dict[tuple[int, int, Kind], dict[str, np.ndarray]] = {}
+    for name, array in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match:
+            layer, kv_head, kind, statistic = match.groups()
+            found.setdefault((int(layer), int(kv_head), "key" if kind == "key" else "value"), {})[statistic] = array
+    heads = tuple(_head(*key, found[key], path) for key in sorted(found) if "weights" in found[key])
+    if not heads:
+        raise InputError(f"{path} holds no graph (no tensor named layers.<i>.kv_heads.<h>.<key|value>.weights)")
+    return GraphBundle(heads, metadata)
+
+
+def _head(layer: int, kv_head: int, kind: Kind, tensors: Mapping[str, np.ndarray], path: str | Path) -> HeadGraph:
+    name = f"{path}: layers.{layer}.kv_heads.{kv_head}.{kind}"
+    weights = tensors["weights"]
+    if weights.ndim != 2 or weights.shape[0] != weights.shape[1] or weights.shape[0] == 0:
+        raise InputError(f"{name}.weights must be a square matrix, not of shape {weights.shape}")
+    n = len(weights)
+    for statistic in _STATISTICS:
+        expected = (n, n) if statistic.endswith("gram") else (n,)
+        if statistic in tensors and tensors[statistic].shape != expected:
+            raise InputError(f"{name}.{statistic} must have shape {expected}, not {tensors[statistic].shape}")
+
+    def real(statistic: str) -> FloatArray | None:
+        return tensors[statistic].astype(np.float64, copy=False) if statistic in tensors else None
+
+    return HeadGraph(
+        layer,
+        kv_head,
+        kind,
+        weights.astype(np.float64, copy=False),
+        query_gram=real("query_gram"),
+        key_gram=real("key_gram"),
+        key_mean=real("key_mean"),
+        protected=tensors["protected"] != 0 if "protected" in tensors else None,
+        groups=tensors["groups"].astype(np.int64) if "groups" in tensors else None,
+    )

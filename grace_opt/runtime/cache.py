@@ -1,0 +1,86 @@
+"""The channel-pruned cache of a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from grace_opt.errors import InputError
+from grace_opt.masks import KVMask, load_mask
+from grace_opt.runtime import attention
+from grace_opt.runtime.layer import PrunedLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PrunedCache(Cache):
+    """A transformers ``Cache`` whose layers hold the kept channels of a mask. Made by `cache`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor held for tokens."""
+        return cache_nbytes(self)
+
+
+def cache(mask: KVMask | str | Path, model: PreTrainedModel) -> PrunedCache:
+    """A new, empty cache for ``model(..., past_key_values=...)`` and ``model.generate``.
+
+    Layers that the mask leaves out, and the sliding-window layers of a mixed model, get transformers' own cache
+    layer. Sets the model's attention implementation to ``grace_opt``, which is SDPA wherever keys are not pruned.
+
+    Raises:
+        InputError: for a mask of another model, a mask that this runtime cannot execute yet (pruned values, widths
+            that differ between the heads of a layer, a read-out, pruned prefill), or a model whose attention cannot
+            be replaced.
+    """
+    mask = mask if isinstance(mask, KVMask) else load_mask(mask)
+    attention.require_attention_interface(model)
+    mask.check_model(model.config, str(model.config.name_or_path))
+    if mask.value_keep:
+        raise InputError("this mask prunes value channels, which the runtime cannot execute yet; solve keys only")
+    if mask.readout_scope != "none":
+        raise InputError(f"this mask has a {mask.readout_scope} read-out, which the runtime cannot execute yet")
+    if mask.prefill != "full":
+        raise InputError(f"this mask asks for {mask.prefill} prefill, and the runtime can only run full prefill yet")
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    for index, keep in mask.key_keep.items():
+        if type(layers[index]) is not DynamicLayer:
+            raise InputError(
+                f"layer {index} of this model needs a {type(layers[index]).__name__}, whose channels cannot be pruned "
+                "yet; leave the layer out of the mask"
+            )
+        widths = {len(kept) for kept in keep}
+        if len(widths) > 1:
+            raise InputError(
+                f"layer {index} of this mask keeps {min(widths)} to {max(widths)} channels a head, and the runtime "
+                "cannot execute widths that differ between heads yet; solve with the uniform budget"
+            )
+        rows = torch.tensor([kept.tolist() for kept in keep], dtype=torch.long).view(len(keep), -1)
+        layers[index] = PrunedLayer(rows, mask.head_dim, mask.sinks, mask.recent_window, index)
+    model.set_attn_implementation(attention.NAME)
+    return PrunedCache(layers=layers)
+
+
+def cache_nbytes(past: Cache) -> int:
+    """Bytes of every tensor that a transformers cache holds, each storage counted once and whole."""
+    storages: dict[int, int] = {}
+    for layer in past.layers:
+        held = layer.tensors() if isinstance(layer, PrunedLayer) else vars(layer).values()
+        for tensor in held:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def full_cache_nbytes(past: Cache) -> int:
+    """Bytes that the same tokens would take if no channel were pruned."""
+    total = cache_nbytes(past)
+    for layer in past.layers:
+        if isinstance(layer, PrunedLayer):
+            total += layer.full_nbytes() - cache_nbytes(Cache(layers=[layer]))
+    return total

@@ -1,0 +1,232 @@
+"""One layer of the channel-pruned cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from grace_opt.errors import InputError
+from grace_opt.runtime.attention import PrunedKeys
+
+
+class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Kept channels of all tokens; dropped channels of the sinks and the recent window only; whole values.
+
+    "Base plus residual window": a token that leaves the window is forgotten by shifting the residual; nothing is
+    packed again. Buffers grow by 1/128 of their length, so at most 0.8 % of them is waste, and a decoded token
+    copies about 128 tokens' worth of cache in the mean instead of all of it.
+
+    Args:
+        keep: int64[Hkv, dk], the kept channels of each KV head.
+        head_dim: channels D of an original key.
+        sinks, recent_window: how many tokens stay whole at the start and at the end.
+        index: the layer's number, for messages.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    dtype: torch.dtype
+    device: torch.device
+    _kept: Tensor  #: [B, Hkv, capacity, dk]
+    _values: Tensor  #: [B, Hkv, capacity, Dv]
+    _recent: Tensor  #: [B, Hkv, min(T, recent_window), D - dk]
+    sinks: Tensor | None  #: [B, Hkv, sinks, D - dk], once tokens have left the recent window
+    _first: Tensor | None  #: int64[B], the position of each row's first real token
+
+    def __init__(self, keep: Tensor, head_dim: int, sinks: int, recent_window: int, index: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.index = index
+        self.width = keep.shape[1]
+        self.sink_count, self.recent_window = sinks, recent_window
+        self._selection = _Selection(keep, head_dim)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.is_initialized = False
+        self.length = 0
+        self._kept = self._values = self._recent = torch.empty(0)
+        self.sinks = self._first = None
+        self.sinks_end = 0  # one past the last sink of any row, as far as they have come
+        self._sinks_pending: Tensor | None = None  # dropped channels of the last tokens, sinks maybe among them
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and shapes from the first states. Raises InputError if the mask does not fit them."""
+        heads, head_dim = key_states.shape[1], key_states.shape[3]
+        if self._selection.shape != (heads, head_dim):
+            raise InputError(
+                f"the mask has {self._selection.shape[0]} KV heads of {self._selection.shape[1]} channels in layer "
+                f"{self.index}, the model has {heads} of {head_dim}; use a mask made for this model"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._selection.to(self.device)
+        batch, narrowed = key_states.shape[0], head_dim - self.width
+        self._kept = key_states.new_empty(batch, heads, 0, self.width)
+        self._values = value_states.new_empty(batch, heads, 0, value_states.shape[3])
+        self._recent = key_states.new_empty(batch, heads, 0, narrowed)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Store new tokens [B, Hkv, n, D]; returns a handle for `attention` in place of keys, and all values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.dtype != self.dtype or key_states.device != self.device:
+            raise InputError(
+                f"layer {self.index}'s cache holds {self.dtype} on {self.device} and was given {key_states.dtype} on "
+                f"{key_states.device}; start a new cache"
+            )
+        before, new = self.length, key_states.shape[2]
+        states = self.split(key_states)
+        kept, dropped = states[..., : self.width], states[..., self.width :]
+        self._kept = _append(self._kept, before, kept)
+        self._values = _append(self._values, before, value_states)
+        self.length = before + new
+        if self.sinks is not None and self.sinks_end > before:
+            self._sinks_pending = dropped
+        elif self.sinks is None and self.sink_count and dropped.shape[3] and self.length > self.recent_window:
+            # The first tokens leave the window; until now it held the sinks too.
+            self.sinks = dropped.new_zeros(*dropped.shape[:2], self.sink_count, dropped.shape[3])
+            self._first = torch.zeros(len(dropped), dtype=torch.long, device=self.device)
+            self._sinks_pending = torch.cat([self._recent, dropped], dim=2)
+        # A single query sees exactly the recent window whole. Several see each other, and a band of what was stored.
+        residual = torch.cat([self._recent, dropped], dim=2) if new > 1 else dropped
+        stays = min(self._recent.shape[2], max(0, self.recent_window - new))
+        fresh = min(new, self.recent_window)
+        if self._recent.shape[3]:
+            # New tensors, not views: a view would hold on to the whole prompt's dropped channels.
+            old = self._recent[:, :, self._recent.shape[2] - stays :]
+            self._recent = torch.cat([old, dropped[:, :, new - fresh :]], dim=2)
+        if new == 1:
+            residual = self._recent
+        return PrunedKeys(self, key_states if before == 0 else None, residual, new), self._values[:, :, : self.length]
+
+    @property
+    def kept(self) -> Tensor:
+        """[B, Hkv, T, dk]: the kept channels of all tokens."""
+        return self._kept[:, :, : self.length]
+
+    def split(self, states: Tensor) -> Tensor:
+        """[B, Hkv, m, D] with each head's kept channels first, the dropped ones behind."""
+        order = self._selection.order
+        return states.gather(-1, order[None, :, None].expand(*states.shape[:3], -1))
+
+    def find_sinks(self, mask: Tensor | None) -> None:
+        """Store the dropped channels of the sinks among the tokens that just came or just left the window.
+
+        The sinks are each row's first real tokens, so that padding on the left changes nothing. ``mask`` is the
+        attention mask [B or 1, 1, n, T]: a row's first real token is the first that its last query may see.
+        """
+        if self._sinks_pending is None or self.sinks is None or self._first is None:
+            return
+        dropped, self._sinks_pending = self._sinks_pending, None
+        before = self.length - dropped.shape[2]
+        if mask is not None:
+            seen = mask[:, 0, -1, : self.length]
+            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+            first = torch.where(seen.any(1), seen.int().argmax(1), self.length)
+            self._first = first.expand(len(self._first)).clone()
+        slot = self.sink_columns() - before  # [B, sinks], where among these tokens each sink is
+        arrived = (slot >= 0) & (slot < dropped.shape[2])
+        index = slot.clamp(0, dropped.shape[2] - 1)[:, None, :, None].expand(self.sinks.shape)
+        self.sinks = torch.where(arrived[:, None, :, None], dropped.gather(2, index), self.sinks)
+        self.sinks_end = int(self._first.max()) + self.sink_count
+
+    def sink_columns(self) -> Tensor:
+        """int64[B, sinks]: the position of each row's sinks."""
+        assert self._first is not None
+        return self._first[:, None] + torch.arange(self.sink_count, device=self._first.device)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that holds tokens."""
+        if not self.is_initialized:
+            return []
+        held = [self._kept, self._values, self._recent, self.sinks, self._first]
+        return [tensor for tensor in held if tensor is not None]
+
+    def full_nbytes(self) -> int:
+        """Bytes of as many whole keys and values, without growth space."""
+        if not self.is_initialized:
+            return 0
+        batch, heads, _, width = self._values.shape
+        return batch * heads * self.length * (self._selection.shape[1] + width) * self._values.element_size()
+
+    def get_seq_length(self) -> int:
+        """How many tokens have come."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """(length, offset) of the keys that a mask for ``query_length`` new tokens must cover."""
+        # transformers before 5.4 passes the tensor of the new positions
+        new = query_length if isinstance(query_length, int) else len(query_length)
+        return self.length + new, 0
+
+    def get_max_length(self) -> int:
+        """-1: it grows without limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers before 5.10
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: a token that left the window cannot be made whole again."""
+        if tokens_to_remove:
+            raise InputError(
+                "a channel-pruned cache cannot be cropped, so assisted and speculative decoding are not supported yet"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search: row b becomes what row beam_idx[b] was."""
+        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times."""
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the given rows."""
+        self._each(lambda tensor: tensor[indices])
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._each(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move everything back."""
+        self._each(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        self._kept, self._values, self._recent = change(self._kept), change(self._values), change(self._recent)
+        if self.sinks is not None and self._first is not None:
+            self.sinks, self._first = change(self.sinks), change(self._first)
+
+
+class _Selection:
+    """The channel order of a layer; it belongs to the mask, not to any token."""
+
+    def __init__(self, keep: Tensor, head_dim: int) -> None:
+        self.shape = (keep.shape[0], head_dim)
+        dropped = torch.ones(self.shape, dtype=torch.bool).scatter_(1, keep, False)
+        behind = dropped.nonzero()[:, 1].view(keep.shape[0], -1)
+        self.order = torch.cat([keep, behind], dim=1)
+
+    def to(self, device: torch.device) -> None:
+        self.order = self.order.to(device)
+
+
+def _append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
+    """``buffer`` [B, H, capacity, d] with ``new`` [B, H, n, d] written from ``length`` on, grown if it must."""
+    end = length + new.shape[2]
+    if end > buffer.shape[2]:
+        capacity = end if length == 0 else end + end // 128
+        grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
+        grown[:, :, :length] = buffer[:, :, :length]
+        buffer = grown
+    buffer[:, :, length:end] = new
+    return buffer

@@ -1,0 +1,93 @@
+"""Calibration text: read it in pieces, hand it out as windows of tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from grace_opt.errors import InputError
+
+DEFAULT_TEXT = "pydoc_data.topics"
+_PIECE = 1 << 16  # characters tokenised at a time: memory stays flat however long the text
+
+
+def read_pieces(source: str | None) -> Iterator[str]:
+    """The text in pieces of about 64k characters that end at a line's end.
+
+    ``source`` is None for Python's own documentation (465,000 characters that every CPython carries), "-" for
+    standard input, or the path of a UTF-8 file. Raises InputError if it cannot be read.
+    """
+    if source is None:
+        from pydoc_data.topics import topics
+
+        yield from _pieces(topics[name] for name in sorted(topics))
+    elif source == "-":
+        yield from _decoded(sys.stdin, "standard input")
+    else:
+        path = Path(source)
+        if path.is_dir() or not path.exists():
+            raise InputError(f"no such text file: {source}; give a UTF-8 file, or - for standard input")
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield from _decoded(file, source)
+        except OSError as error:
+            raise InputError(f"cannot read {source}: {error.strerror or error}") from error
+
+
+def token_windows(pieces: Iterable[str], tokenizer: Any, tokens: int, window: int) -> Iterator[list[int]]:
+    """Windows of ``window`` token ids, up to ``tokens`` in all, each begun by the tokenizer's BOS if it uses one.
+
+    Text is tokenised piece by piece, so a word at the seam of two pieces may be split in another way than in
+    one go. Raises InputError if the text is empty or shorter than one window.
+    """
+    bos = _bos(tokenizer)
+    body = window - len(bos)
+    if body < 1 or tokens < window:
+        raise InputError(f"{tokens} tokens hold no window of {window}; ask for more tokens or a smaller window")
+    buffer: list[int] = []
+    given = 0
+    for piece in pieces:
+        buffer += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        start = 0
+        while len(buffer) - start >= body:
+            yield bos + buffer[start : start + body]
+            start += body
+            given += window
+            if given + window > tokens:
+                return
+        del buffer[:start]
+    if given == 0:
+        if not buffer:
+            raise InputError("the text is empty; give a text of at least one window")
+        raise InputError(
+            f"the text has {len(buffer)} tokens, fewer than one window of {window}; "
+            "give a longer text or a smaller window"
+        )
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _decoded(file: TextIO, name: str) -> Iterator[str]:
+    try:
+        yield from _pieces(file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start} of a block); convert it first") from None
+
+
+def _pieces(lines: Iterable[str]) -> Iterator[str]:
+    held: list[str] = []
+    size = 0
+    for line in lines:
+        held.append(line)
+        size += len(line)
+        if size >= _PIECE:
+            yield "".join(held)
+            held, size = [], 0
+    if size:
+        yield "".join(held)

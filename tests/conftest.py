@@ -1,0 +1,33 @@
+"""Shared fixtures: real heads, random problems, tiny models, the real model once a session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests run against the wheel from any folder: find reference.py
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plug-ins and no settings from the machine that runs the tests."""
+    monkeypatch.setenv("GRACE_OPT_PLUGINS", "")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """The real SmolLM2 and its tokenizer."""
+    from grace_opt.models import load_model
+
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture(params=["smollm2-135m", "qwen2.5-coder-1.5b"])
+def real_heads(request: pytest.FixtureRequest) -> Path:
+    """A bundle with real heads of n = 64 and of n = 128."""
+    return DATA / f"heads-{request.param}.safetensors"

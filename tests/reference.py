@@ -1,0 +1,67 @@
+"""Plain, slow references that the fast code must equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from grace_opt.masks import KVMask
+from grace_opt.problem import SubsetProblem
+from grace_opt.runtime.attention import register
+
+NAME = "reference_zero_channels"
+
+
+def greedy_by_objective(problem: SubsetProblem) -> list[int]:
+    """Forward greedy as a plain loop over candidates and their edges, O(n^2 m)."""
+    pruned: list[int] = []
+    for _ in range(problem.prune):
+        best, best_cost = -1, np.inf
+        for k in range(problem.n):
+            if k in pruned or (problem.protected is not None and problem.protected[k]):
+                continue
+            cost = problem.weights[k, k] + 2 * sum(problem.weights[k, j] for j in pruned)
+            if cost < best_cost:
+                best, best_cost = k, cost
+        pruned.append(best)
+    return sorted(pruned)
+
+
+def use_zero_channel_attention(model: Any, mask: KVMask) -> None:
+    """Make ``model`` attend over a plain cache as if ``mask`` had zeroed the pruned channels of old tokens.
+
+    The query at slot t sees the key at slot s whole if both came in the same prompt or chunk, if
+    t - s < recent_window, or if s is among the row's first ``sinks`` real tokens. Everything by definition, with
+    full-width tensors and a [B, n, T] table of which pairs are whole.
+    """
+    keep = torch.from_numpy(mask.keep_matrix())
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **kwargs: Any
+    ) -> Any:
+        rows, _, new, dim = query.shape
+        tokens = key.shape[2]
+        asked, stored = torch.arange(tokens - new, tokens)[:, None], torch.arange(tokens)
+        whole = ((asked - stored < mask.recent_window) | ((new > 1) & (stored >= tokens - new))).repeat(rows, 1, 1)
+        if new == tokens:
+            whole[:] = True
+        visible = (stored <= asked).repeat(rows, 1, 1, 1) if attention_mask is None else attention_mask
+        for row in range(rows):
+            seen = visible[min(row, len(visible) - 1), 0, -1].nonzero()[:, 0]
+            whole[row, :, seen[: mask.sinks]] = True
+        group = query.shape[1] // key.shape[1]
+        layer = module.layer_idx
+        if kwargs.get("sliding_window") is not None or layer not in mask.key_keep:
+            whole[:] = True
+        kept = repeat_kv(key * keep[layer][None, :, None, :], group)
+        scores = torch.where(whole[:, None], query @ repeat_kv(key, group).mT, query @ kept.mT)
+        scores = scores * (dim**-0.5 if scaling is None else scaling)
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        out = scores.softmax(-1) @ repeat_kv(value, group)
+        return out.transpose(1, 2).contiguous(), None
+
+    register(NAME, attend)
+    model.set_attn_implementation(NAME)

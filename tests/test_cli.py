@@ -1,0 +1,270 @@
+"""The command line as a user meets it: a process, its output, its exit code, its files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from families import tiny_model
+from safetensors.numpy import save_file
+
+from grace_opt import load_bundle, load_mask
+from grace_opt.cli import main
+
+
+def cli(
+    *arguments: Any, cwd: Path | None = None, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "grace_opt", *map(str, arguments)],
+        check=False,
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def inside(*arguments: Any, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """As `cli`, in this process: importing torch and transformers takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["grace-opt", *map(str, arguments)]),
+        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return subprocess.CompletedProcess([], int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def records(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert result.returncode == 0, result.stderr
+    found: list[dict[str, Any]] = json.loads(result.stdout)["records"]
+    return found
+
+
+def sentence(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of an error: exit code 2, nothing on stdout, no traceback."""
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("\r")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def whole_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that a mask can be made of."""
+    source = Path(__file__).parent / "data" / "heads-smollm2-135m.safetensors"
+    return Path(shutil.copy(source, tmp_path_factory.mktemp("bundle") / "graphs.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with a word-level tokenizer, saved as a Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("Llama").save_pretrained(folder)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, 99)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+WORDS = " ".join(f"w{4 + i * 7 % 95}" for i in range(400))
+
+
+def test_solve_writes_a_mask_and_prints_records(whole_heads: Path, tmp_path: Path) -> None:
+    found = records(
+        cli("solve", whole_heads, "--ratio", 0.6, "--solver", "greedy", "-o", "m", "-f", "json", cwd=tmp_path)
+    )
+    heads = {head.name: head for head in load_bundle(whole_heads).heads}
+    assert [record["problem"] for record in found] == list(heads)
+    for record in found:
+        x = np.zeros(record["n"])
+        x[record["pruned"]] = 1
+        assert record["prune"] == x.sum() == 38
+        assert record["objective"] == pytest.approx(x @ heads[record["problem"]].weights @ x, rel=1e-9)
+    mask = load_mask(tmp_path / "m")
+    assert mask.solver["name"] == "greedy"
+    lines = (tmp_path / "m" / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == found
+    provenance = json.loads((tmp_path / "m" / "run.json").read_text())
+    assert provenance["command"][:2] == ["grace-opt", "solve"]
+    assert provenance["options"]["ratio"] == {"value": 0.6, "source": "flag"}
+    assert provenance["seed"] == 0
+    again = records(cli("solve", whole_heads, "--ratio", 0.6, "-o", tmp_path / "m", "-f", "json", PYTHONHASHSEED="7"))
+    assert [r["pruned"] for r in again] == [r["pruned"] for r in found]
+
+
+def test_tables_and_lists(whole_heads: Path, tmp_path: Path) -> None:
+    table = cli("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m")
+    assert "layers.28" in table.stdout
+    assert "32 of 64" in table.stdout
+    assert "mask written to" in table.stderr
+    assert cli("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "-q").stderr == ""
+    verbose = cli("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "-v")
+    assert "layers.28.kv_heads.2.key" in verbose.stdout
+    assert "ratio = 0.5 (flag)" in verbose.stderr
+    listed = records(cli("solvers", "-f", "json"))
+    assert [record["solver"] for record in listed] == ["independent", "greedy", "exhaustive"]
+    assert "MIES" in cli("solvers").stdout
+    for command in ("calibrate", "solve", "generate", "solvers", "demo"):
+        assert cli(command, "--help").returncode == 0
+
+
+def test_where_options_come_from(whole_heads: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('[method]\nratio = 0.25\nprotect = false\n[solver]\nsolver = "independent"\nseed = 3\n')
+    base = ("solve", whole_heads, "-o", tmp_path / "m", "-f", "json")
+    in_file = records(cli(*base, "--config", config))[0]
+    assert (in_file["prune"], in_file["solver"], in_file["seed"]) == (16, "independent", 3)
+    in_environment = records(cli(*base, "--config", config, GRACE_OPT_RATIO="0.5"))[0]
+    assert (in_environment["prune"], in_environment["solver"]) == (32, "independent")
+    by_flag = records(cli(*base, "--config", config, "--ratio", 0.75, "--solver", "greedy", GRACE_OPT_RATIO="0.5"))[0]
+    assert (by_flag["prune"], by_flag["solver"], by_flag["seed"]) == (48, "greedy", 3)
+    said = cli(*base, "-v", GRACE_OPT_CONFIG=str(config), GRACE_OPT_SEED="5").stderr
+    for line in ("ratio = 0.25 (config file)", "seed = 5 (environment)", "threads = 1 (default)"):
+        assert line in said
+    config.write_text("[solver]\nsovler = 'greedy'\n")
+    assert "solver.sovler; did you mean 'solver'" in sentence(cli(*base, "--config", config))
+    config.write_text("[sol]\nx = 1\n")
+    assert "no table [sol]" in sentence(cli(*base, "--config", config))
+    config.write_text("[solver\n")
+    assert "not TOML" in sentence(cli(*base, "--config", config))
+
+
+def test_solver_options(whole_heads: Path, tmp_path: Path) -> None:
+    base = ("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "-f", "json")
+    assert records(cli(*base, "--solver-option", "direction=backward"))[0]["options"] == {"direction": "backward"}
+    assert "did you mean 'direction'" in sentence(cli(*base, "--solver-option", "directon=backward"))
+    assert "takes NAME=VALUE" in sentence(cli(*base, "--solver-option", "direction"))
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(whole_heads: Path, tmp_path: Path) -> None:
+    name = "layers.0.kv_heads.0.key"
+    metadata = {"format": "grace_opt.graphs", "version": "1"}
+    nan = np.eye(4)
+    nan[1, 2] = np.nan
+    save_file({f"{name}.weights": nan}, tmp_path / "nan.safetensors", metadata=metadata)
+    save_file({f"{name}.weights": np.triu(np.ones((4, 4)))}, tmp_path / "skew.safetensors", metadata=metadata)
+    save_file(
+        {f"{name}.weights": np.eye(4), f"{name}.protected": np.array([1, 1, 1, 0], np.uint8)},
+        tmp_path / "kept.safetensors",
+        metadata=metadata,
+    )
+    (tmp_path / "cut.safetensors").write_bytes(whole_heads.read_bytes()[:5000])
+    (tmp_path / "file").write_text("in the way")
+    cases = {
+        "layers.0.kv_heads.0.key: weights hold 1 NaN": (tmp_path / "nan.safetensors", "--ratio", 0.5),
+        "weights are not symmetric": (tmp_path / "skew.safetensors", "--ratio", 0.5),
+        "cannot prune 2 of 4 channels, 1 are prunable": (tmp_path / "kept.safetensors", "--ratio", 0.5),
+        "truncated": (tmp_path / "cut.safetensors", "--ratio", 0.5),
+        "no such file": (tmp_path / "absent", "--ratio", 0.5),
+        "at least 0 and below 1, got 1.0": (whole_heads, "--ratio", 1),
+        "at least 0 and below 1, got -0.1": (whole_heads, "--ratio", -0.1),
+        "did you mean 'greedy'": (whole_heads, "--ratio", 0.5, "--solver", "greddy"),
+        "time_limit must not be negative": (whole_heads, "--ratio", 0.5, "--time-limit", -1),
+        "valid number": (whole_heads, "--ratio", "half"),
+        "No such option: --ratoi": (whole_heads, "--ratoi", 0.5),
+    }
+    for message, arguments in cases.items():
+        assert message in sentence(cli("solve", *arguments, "-o", tmp_path / "m"))
+    assert not (tmp_path / "m" / "kv_mask.json").exists()
+    assert "cannot write" in sentence(cli("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "file" / "m"))
+    assert "unexpected" not in cli("nonsense").stderr
+    assert cli("nonsense").returncode == 2
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in cli("solve", tmp_path / "absent", "--ratio", 0.5, "-o", tmp_path, "--debug").stderr
+
+
+def test_the_whole_path_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(WORDS)
+    graphs, mask = tmp_path / "graphs.safetensors", tmp_path / "mask"
+    common = ("--tokens", 128, "--window", 64, "-f", "json")
+    made = records(inside("calibrate", tiny_folder, "-o", graphs, "--text", tmp_path / "text.txt", *common))[0]
+    assert (made["tokens"], made["heads"], made["head_dim"]) == ("128", 4, "16")
+    piped = tmp_path / "piped.safetensors"
+    records(inside("calibrate", tiny_folder, "-o", piped, "--text", "-", *common, stdin=WORDS))
+    for mine, theirs in zip(load_bundle(graphs).heads, load_bundle(piped).heads, strict=True):
+        np.testing.assert_array_equal(mine.weights, theirs.weights)
+    records(inside("solve", graphs, "--ratio", 0.5, "-o", mask, "-f", "json"))
+    prompt = ("--prompt", " ".join(WORDS.split()[:100]), "--max-new-tokens", 10, "-f", "json")
+    pruned = records(inside("generate", tiny_folder, "--mask", mask, *prompt))[0]
+    plain = records(cli("generate", tiny_folder, *prompt))[0]
+    assert pruned["new_tokens"] == plain["new_tokens"] == 10
+    assert pruned["tokens"] == 109
+    assert plain["cache_bytes"] == plain["full_cache_bytes"] == pruned["full_cache_bytes"] == 109 * 2 * 2 * 32 * 4
+    assert pruned["cache_bytes"] == pytest.approx((109 * 24 + 36 * 8) * 2 * 2 * 4, rel=0.02)
+    records(inside("solve", graphs, "--ratio", 0, "-o", mask, "-f", "json"))
+    unpruned = records(inside("generate", tiny_folder, "--mask", mask, *prompt))[0]
+    assert unpruned["text"] == plain["text"]
+    assert inside("generate", tiny_folder, "--max-new-tokens", 3, stdin="w5 w6").returncode == 0
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    tiny_model("Llama", intermediate_size=128).save_pretrained(other)
+    assert f"made for '{tiny_folder}', not for '{other}'" in sentence(
+        inside("generate", other, "--mask", mask, *prompt)
+    )
+    assert "the prompt is empty" in sentence(inside("generate", tiny_folder, "--prompt", ""))
+    assert "the model's context is 256" in sentence(inside("generate", tiny_folder, "--prompt", WORDS))
+    assert "the text has 3 tokens" in sentence(
+        inside("calibrate", tiny_folder, "-o", graphs, "--text", "-", stdin="a b c")
+    )
+    assert "the text is empty" in sentence(inside("calibrate", tiny_folder, "-o", graphs, "--text", "-", stdin=""))
+    assert load_bundle(graphs).metadata["tokens"] == "128"  # and the old file is as it was
+
+
+def test_ctrl_c_leaves_130_and_no_file(tiny_folder: Path, tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("no SIGINT to send")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grace_opt", "calibrate", str(tiny_folder), "-o", "g.safetensors", "--text", "-"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(8)  # it waits for text that does not come
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_works_from_a_folder_of_decoys(whole_heads: Path, tmp_path: Path) -> None:
+    decoy = tmp_path / "solvers"
+    decoy.mkdir()
+    (decoy / "__init__.py").write_text("raise ImportError('the wrong solvers')")
+    (tmp_path / "grace_opt.txt").write_text("not a package")
+    script = Path(sys.executable).with_name("grace-opt")
+    for command in ([sys.executable, "-m", "grace_opt"], [str(script)]):
+        arguments = ["solve", str(whole_heads), "--ratio", "0.5", "-o", "m", "-f", "json"]
+        result = subprocess.run([*command, *arguments], check=False, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert len(json.loads(result.stdout)["records"]) == 12

@@ -1,0 +1,129 @@
+"""The whole path on the real SmolLM2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import greedy_by_objective, use_zero_channel_attention
+from transformers import DynamicCache
+
+import grace_opt.runtime
+from grace_opt import Calibration, GraphBundle, calibrate, load_mask, mask_from_solutions, save_mask, solve_many
+from grace_opt.generate import forced, kl_per_token
+from grace_opt.texts import read_pieces
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def bundle(smollm2: tuple[Any, Any]) -> GraphBundle:
+    model, tokenizer = smollm2
+    return calibrate(model, tokenizer, read_pieces(None), Calibration(tokens=512), model_name="smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2: tuple[Any, Any]) -> Any:
+    """Two rows of real text, the second padded on the left."""
+    _, tokenizer = smollm2
+    import pdb
+    import statistics
+
+    tokenizer.padding_side = "left"
+    texts = [(pdb.__doc__ or "")[:1500], (statistics.__doc__ or "")[:700]]
+    return tokenizer(texts, return_tensors="pt", padding=True)
+
+
+def test_every_head_has_a_graph(bundle: GraphBundle) -> None:
+    assert len(bundle.heads) == 90
+    for head in bundle.heads:
+        assert head.weights.shape == (64, 64)
+        assert np.linalg.eigvalsh(head.weights).min() >= -1e-9 * np.abs(head.weights).max()
+        assert head.protected is not None
+        assert 3 <= head.protected.sum() <= 12
+
+
+def test_greedy_equals_the_plain_loop_on_every_head(bundle: GraphBundle) -> None:
+    problems = bundle.problems(0.5)
+    for problem, solution in zip(problems, solve_many(problems, "greedy"), strict=True):
+        assert list(solution.pruned or ()) == greedy_by_objective(problem)
+        assert problem.protected is not None
+        assert not problem.protected[list(solution.pruned or ())].any()
+
+
+@pytest.mark.parametrize(
+    ("recent_window", "sinks", "more"),
+    [
+        (0, 0, {}),
+        (1, 4, {}),
+        (32, 4, {}),
+        (32, 4, {"num_beams": 2}),
+        (32, 4, {"prefill_chunk_size": 100}),
+        (2000, 4, {}),
+    ],
+)
+def test_logits_equal_the_zero_channel_reference(
+    smollm2: tuple[Any, Any], bundle: GraphBundle, prompt: Any, recent_window: int, sinks: int, more: dict[str, int]
+) -> None:
+    model, _ = smollm2
+    solutions = solve_many(bundle.problems(0.5), "greedy")
+    mask = mask_from_solutions(bundle, solutions, recent_window=recent_window, sinks=sinks)
+
+    def run(past: Any) -> Any:
+        return model.generate(
+            **prompt,
+            past_key_values=past,
+            max_new_tokens=12,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **more,
+        )
+
+    pruned = run(grace_opt.runtime.cache(mask, model))
+    use_zero_channel_attention(model, mask)
+    reference = run(DynamicCache(config=model.config))
+    assert torch.equal(pruned.sequences, reference.sequences)
+    for ours, theirs in zip(pruned.logits, reference.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+def test_ratio_zero_gives_the_plain_models_tokens(
+    smollm2: tuple[Any, Any], bundle: GraphBundle, prompt: Any, tmp_path: Any
+) -> None:
+    model, _ = smollm2
+    save_mask(mask_from_solutions(bundle, solve_many(bundle.problems(0.0), "greedy")), tmp_path)
+    model.set_attn_implementation("sdpa")
+    plain = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+    pruned = model.generate(
+        **prompt,
+        past_key_values=grace_opt.runtime.cache(load_mask(tmp_path), model),
+        max_new_tokens=20,
+        do_sample=False,
+    )
+    assert torch.equal(plain, pruned)
+
+
+def test_greedy_masks_keep_the_model_closer_than_random_ones(
+    smollm2: tuple[Any, Any], bundle: GraphBundle, prompt: Any
+) -> None:
+    model, _ = smollm2
+    row = prompt["input_ids"][:1]
+    solutions = solve_many(bundle.problems(0.5), "greedy")
+    greedy = mask_from_solutions(bundle, solutions)
+    rng = np.random.default_rng(0)
+    keep = {
+        layer: tuple(np.sort(rng.choice(64, 32, replace=False)).astype(np.int32) for _ in heads)
+        for layer, heads in greedy.key_keep.items()
+    }
+    fields = {name: getattr(greedy, name) for name in greedy.__dataclass_fields__}
+    random = grace_opt.KVMask(**{**fields, "key_keep": keep})
+    full, tokens = forced(model, row, 16, None)
+    divergence = {
+        name: float(kl_per_token(full.logits, forced(model, row, tokens, mask)[0].logits).mean())
+        for name, mask in (("greedy", greedy), ("random", random))
+    }
+    assert divergence["greedy"] < 0.2 * divergence["random"]
+    assert 0 <= divergence["greedy"] < 0.2
