@@ -135,19 +135,19 @@ def _add_whole_tokens(scores: Tensor, dropped: Tensor, key: PrunedKeys, first: i
     if recent:
         extra = torch.matmul(dropped, key.residual.mT).view(*scores.shape[:-1], recent)
         scores[..., start:] += extra if near is None else extra * near
-    if layer.sinks is not None:
-        column = layer.sink_columns()  # [B, sinks]
-        extra = torch.matmul(dropped, layer.sinks.mT).view(*scores.shape[:-1], -1)
-        if layer.sinks_end > start:  # else no sink lies in the residual, where it would count twice
-            counted = column >= start
-            if near is not None:
-                counted = counted[:, None] & near[:, (column - start).clamp(0, recent - 1)].transpose(0, 1)
-            else:
-                counted = counted[:, None]
-            extra = extra * ~counted[:, None, None]
-        # Sinks that have not come yet hold zeros: where they point to does not matter.
-        column = column.clamp(max=tokens - 1)[:, None, None, None].expand(extra.shape)
-        scores.scatter_add_(-1, column, extra)
+    if layer.sinks is None:
+        return
+    extra = torch.matmul(dropped, layer.sinks.mT).view(*scores.shape[:-1], -1)
+    if layer.sinks_start is not None and layer.sinks_end <= start:  # all rows alike, and none of them counted above
+        scores[..., layer.sinks_start : layer.sinks_end] += extra
+        return
+    column = layer.sink_columns()  # [B, sinks]
+    counted = (column >= start)[:, None]
+    if near is not None:
+        counted = counted & near[:, (column - start).clamp(0, recent - 1)].transpose(0, 1)
+    # Sinks that have not come yet hold zeros: where they point to does not matter.
+    column = column.clamp(max=tokens - 1)[:, None, None, None].expand(extra.shape)
+    scores.scatter_add_(-1, column, extra * ~counted[:, None, None])
 
 
 def register(name: str, function: Callable[..., Any]) -> None:

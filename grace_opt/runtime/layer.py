@@ -43,7 +43,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
         self.width = keep.shape[1]
-        self.sink_count, self.recent_window = sinks, recent_window
+        self.sink_count = sinks if self.width < head_dim else 0
+        self.recent_window = recent_window
         self._selection = _Selection(keep, head_dim)
         self.reset()
 
@@ -53,7 +54,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.length = 0
         self._kept = self._values = self._recent = torch.empty(0)
         self.sinks = self._first = None
-        self.sinks_end = 0  # one past the last sink of any row, as far as they have come
+        self.sinks_start: int | None = None  # position of the first sink, if it is the same in all rows
+        self.sinks_end = 0  # one past the last sink of any row
         self._sinks_pending: Tensor | None = None  # dropped channels of the last tokens, sinks maybe among them
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -87,23 +89,23 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._kept = _append(self._kept, before, kept)
         self._values = _append(self._values, before, value_states)
         self.length = before + new
-        if self.sinks is not None and self.sinks_end > before:
-            self._sinks_pending = dropped
-        elif self.sinks is None and self.sink_count and dropped.shape[3] and self.length > self.recent_window:
-            # The first tokens leave the window; until now it held the sinks too.
+        # Until the first tokens leave the window, it holds the sinks too.
+        leaving = self.sinks is None and self.sink_count > 0 and self.length > self.recent_window
+        span = torch.cat([self._recent, dropped], dim=2) if new > 1 or leaving else dropped
+        if leaving:
             self.sinks = dropped.new_zeros(*dropped.shape[:2], self.sink_count, dropped.shape[3])
             self._first = torch.zeros(len(dropped), dtype=torch.long, device=self.device)
-            self._sinks_pending = torch.cat([self._recent, dropped], dim=2)
-        # A single query sees exactly the recent window whole. Several see each other, and a band of what was stored.
-        residual = torch.cat([self._recent, dropped], dim=2) if new > 1 else dropped
+            self._sinks_pending = span
+        elif self.sinks_end > before:
+            self._sinks_pending = dropped
         stays = min(self._recent.shape[2], max(0, self.recent_window - new))
         fresh = min(new, self.recent_window)
         if self._recent.shape[3]:
             # New tensors, not views: a view would hold on to the whole prompt's dropped channels.
             old = self._recent[:, :, self._recent.shape[2] - stays :]
             self._recent = torch.cat([old, dropped[:, :, new - fresh :]], dim=2)
-        if new == 1:
-            residual = self._recent
+        # A single query sees exactly the recent window whole. Several see each other, and a band of what was stored.
+        residual = self._recent if new == 1 else span
         return PrunedKeys(self, key_states if before == 0 else None, residual, new), self._values[:, :, : self.length]
 
     @property
@@ -135,7 +137,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         arrived = (slot >= 0) & (slot < dropped.shape[2])
         index = slot.clamp(0, dropped.shape[2] - 1)[:, None, :, None].expand(self.sinks.shape)
         self.sinks = torch.where(arrived[:, None, :, None], dropped.gather(2, index), self.sinks)
-        self.sinks_end = int(self._first.max()) + self.sink_count
+        earliest, latest = int(self._first.min()), int(self._first.max())
+        self.sinks_start = earliest if earliest == latest else None
+        self.sinks_end = latest + self.sink_count
 
     def sink_columns(self) -> Tensor:
         """int64[B, sinks]: the position of each row's sinks."""
