@@ -26,7 +26,7 @@ test: lint
 	$(BIN)/pytest -m "not slow"
 
 test-all: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --hypothesis-profile=explore
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_path.py

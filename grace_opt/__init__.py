@@ -1,7 +1,10 @@
 """grace-opt: choose which channels of a key/value cache to drop, prove how good the choice is, and apply it.
 
-Importing it loads neither torch nor a solver. The cache itself is in `grace_opt.runtime`, which does load torch.
+Importing it loads neither torch nor a solver. The cache itself is in `grace_opt.runtime`, which loads torch when it is
+first used.
 """
+
+from types import ModuleType
 
 from grace_opt.calibrate import Calibration, calibrate
 from grace_opt.errors import InputError
@@ -40,3 +43,11 @@ __all__ = [
     "solve",
     "solve_many",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "runtime":
+        import importlib
+
+        return importlib.import_module("grace_opt.runtime")
+    raise AttributeError(f"module 'grace_opt' has no attribute {name!r}")

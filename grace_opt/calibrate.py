@@ -177,8 +177,9 @@ def _capturing_attention(
 ) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if kwargs.get("softcap") is not None:
-        raise InputError("this model caps its attention logits (softcap), which is not supported yet")
+    from grace_opt.runtime.attention import refuse_unsupported
+
+    refuse_unsupported(kwargs)
     _capture.get()(module, query, key, scaling, kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -327,7 +327,7 @@ def main() -> None:
     else:
         # Other libraries' remarks are not for our users; errors reach them as exceptions.
         warnings.simplefilter("ignore")
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         code = app(arguments, prog_name="grace-opt", standalone_mode=False)
     except InputError as error:

@@ -56,7 +56,7 @@ _OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", device: str = "cpu", attn_implementation: str = "sdpa"
+    name: str, *, dtype: str = "float32", device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode on ``device``, and its tokenizer.
 
@@ -83,7 +83,6 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=attn_implementation,
         )
     except Exception as error:  # what is wrong with a model's files surfaces as almost any type
         raise InputError(f"cannot load the {part} of {name}: {_short(error)}; {cure}") from error
@@ -92,6 +91,7 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         cure = "use another device, a smaller dtype or a smaller model"
         raise InputError(f"cannot put {name} on {device}: {_short(error)}; {cure}") from error
+    model.config.name_or_path = name  # what messages call it, rather than a place in the cache
     return model.eval(), tokenizer
 
 

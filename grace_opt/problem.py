@@ -207,7 +207,7 @@ class SubsetProblem:
 
 def _checked_weights(weights: ArrayLike, name: str) -> FloatArray:
     try:
-        array = np.ascontiguousarray(weights, dtype=np.float64)
+        array = np.array(weights, dtype=np.float64, order="C")  # a copy: the caller's may change
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: weights must be numbers in a square matrix ({error})") from None
     if array.ndim != 2 or array.shape[0] != array.shape[1] or array.size == 0:
@@ -224,8 +224,6 @@ def _checked_weights(weights: ArrayLike, name: str) -> FloatArray:
                 f"{largest:.3g}); use (W + W') / 2 if that is what you mean"
             )
         array = (array + array.T) / 2
-    elif array is weights:
-        array = array.view()
     array.flags.writeable = False
     return array
 

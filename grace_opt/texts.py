@@ -14,7 +14,7 @@ _PIECE = 1 << 16  # characters tokenised at a time: memory stays flat however lo
 
 
 def read_pieces(source: str | None) -> Iterator[str]:
-    """The text in pieces of about 64k characters that end at a line's end.
+    """The text in pieces of about 64k characters that end at white space.
 
     ``source`` is None for Python's own documentation (465,000 characters that every CPython carries), "-" for
     standard input, or the path of a UTF-8 file. Raises InputError if it cannot be read.
@@ -22,7 +22,7 @@ def read_pieces(source: str | None) -> Iterator[str]:
     if source is None:
         from pydoc_data.topics import topics
 
-        yield from _pieces(topics[name] for name in sorted(topics))
+        yield from _pieces(f"{topics[name]}\n" for name in sorted(topics))
     elif source == "-":
         yield from _decoded(sys.stdin, "standard input")
     else:
@@ -75,19 +75,21 @@ def _bos(tokenizer: Any) -> list[int]:
 
 def _decoded(file: TextIO, name: str) -> Iterator[str]:
     try:
-        yield from _pieces(file)
+        yield from _pieces(iter(lambda: file.read(_PIECE), ""))
     except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text (byte {error.start} of a block); convert it first") from None
+        raise InputError(f"{name} is not UTF-8 text ({error.reason}); convert it first") from None
 
 
-def _pieces(lines: Iterable[str]) -> Iterator[str]:
-    held: list[str] = []
-    size = 0
-    for line in lines:
-        held.append(line)
-        size += len(line)
-        if size >= _PIECE:
-            yield "".join(held)
-            held, size = [], 0
-    if size:
-        yield "".join(held)
+def _pieces(blocks: Iterable[str]) -> Iterator[str]:
+    """Blocks of any size, cut anew at white space so that no word is torn apart."""
+    held = ""
+    for block in blocks:
+        held += block
+        if len(held) < _PIECE:
+            continue
+        cut = 1 + max(held.rfind("\n"), held.rfind(" "))
+        cut = cut or len(held)  # text without white space is cut anywhere, or it would all be held
+        yield held[:cut]
+        held = held[cut:]
+    if held:
+        yield held

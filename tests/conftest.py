@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests run against the wheel from any folder: find reference.py
+
+# The same examples each time, so that a red run means a change; `make test-all` looks for new ones.
+settings.register_profile("repeat", derandomize=True, deadline=None)
+settings.register_profile("explore", max_examples=500, deadline=None)
+settings.load_profile("repeat")
 
 DATA = Path(__file__).parent / "data"
 

@@ -161,6 +161,10 @@ def test_texts_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pieces = list(read_pieces(str(file)))
     assert "".join(pieces) == "grün\n" * 50_000
     assert 1 < len(pieces) < 10
+    file.write_text("x" * 300_000, encoding="utf-8")
+    pieces = list(read_pieces(str(file)))
+    assert "".join(pieces) == "x" * 300_000
+    assert max(map(len, pieces)) <= 1 << 17
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
     assert list(read_pieces("-")) == ["from a pipe"]
     file.write_bytes(b"caf\xe9 " * 10)

@@ -71,6 +71,7 @@ def test_weights_are_frozen_and_the_callers_are_not() -> None:
     with pytest.raises(ValueError, match="read-only"):
         problem.weights[0, 0] = 2.0
     weights[0, 0] = 2.0
+    assert problem.weights[0, 0] == 1.0
 
 
 NAN = np.array([[1.0, np.nan], [np.nan, 1.0]])

@@ -37,7 +37,7 @@ def test_exhaustive_finds_the_optimum_and_proves_it(problem: SubsetProblem) -> N
 
 
 @given(problems(largest=12))
-@settings(max_examples=60)
+@settings(deadline=None)
 def test_exhaustive_is_never_worse_than_any_other_solver(problem: SubsetProblem) -> None:
     best = solve(problem, "exhaustive")
     others = [solve(problem, "independent")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,15 +60,16 @@ def attention(
     the pruned channels of all other tokens set to zero. O(B Hq n T (dk + Dv)).
 
     Raises:
-        InputError: for logit soft-capping, attention-sink parameters and position biases on pruned keys.
+        InputError: for logit soft-capping, learnt attention sinks and position biases; for sliding windows over pruned
+            keys.
     """
+    refuse_unsupported(kwargs)
     if not isinstance(key, PrunedKeys):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for unsupported in ("softcap", "s_aux", "position_bias", "sliding_window"):
-        if kwargs.get(unsupported) is not None:
-            raise InputError(f"attention with {unsupported} over a channel-pruned cache is not supported yet")
+    if kwargs.get("sliding_window") is not None:
+        raise InputError(f"layer {key.layer.index} attends in a sliding window; leave it out of the mask")
     key.layer.find_sinks(attention_mask)
     if key.prefill_keys is not None:
         return sdpa_attention_forward(
@@ -148,6 +149,17 @@ def _add_whole_tokens(scores: Tensor, dropped: Tensor, key: PrunedKeys, first: i
     # Sinks that have not come yet hold zeros: where they point to does not matter.
     column = column.clamp(max=tokens - 1)[:, None, None, None].expand(extra.shape)
     scores.scatter_add_(-1, column, extra * ~counted[:, None, None])
+
+
+def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
+    """Raise InputError for what SDPA would silently leave out, or pruned scores would get wrong."""
+    for name, what in (
+        ("softcap", "caps its attention logits (softcap)"),
+        ("s_aux", "has learnt attention sinks (s_aux)"),
+        ("position_bias", "adds a position bias to its attention logits"),
+    ):
+        if kwargs.get(name) is not None:
+            raise InputError(f"this model {what}, which is not supported yet; use another model")
 
 
 def register(name: str, function: Callable[..., Any]) -> None:
