@@ -19,6 +19,12 @@ settings.load_profile("repeat")
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Markers live here, so that the tests know them from any folder."""
+    config.addinivalue_line("markers", "model: runs the real SmolLM2 (fetched once, then cached)")
+    config.addinivalue_line("markers", "slow: only in make test-all")
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plug-ins and no settings from the machine that runs the tests."""
