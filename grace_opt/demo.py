@@ -75,7 +75,7 @@ def run(
     *,
     ratio: float = 0.5,
     solver: str = "greedy",
-    context: int = 1024,
+    context: int = 2048,
     new_tokens: int = 64,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> DemoResult:
@@ -87,10 +87,11 @@ def run(
     """
     import torch
 
-    from grace_opt.generate import forced, kl_per_token
+    from grace_opt.generate import check_context, forced, kl_per_token
 
     progress(f"load {model_name}", 0, 1)
     model, tokenizer = load_model(model_name)
+    check_context(model, context, new_tokens)
     bundle = calibrate(
         model,
         tokenizer,

@@ -52,7 +52,7 @@ def generate(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise InputError("the prompt is empty; give at least one word")
-    _check_context(model, length + max_new_tokens)
+    check_context(model, length, max_new_tokens)
     past = new_cache(model, mask)
     began = time.perf_counter()
     with torch.inference_mode():
@@ -131,7 +131,11 @@ def kl_per_token(reference: Tensor, other: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def _check_context(model: PreTrainedModel, tokens: int) -> None:
+def check_context(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise InputError if prompt and new tokens do not fit the model's context."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and tokens > longest:
-        raise InputError(f"the prompt and the new tokens are {tokens} tokens, and the model's context is {longest}")
+    if longest and prompt_tokens + new_tokens > longest:
+        raise InputError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the model's context of {longest}; "
+            "shorten the prompt or generate fewer"
+        )

@@ -231,7 +231,7 @@ def test_the_whole_path_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> N
         inside("generate", other, "--mask", mask, *prompt)
     )
     assert "the prompt is empty" in sentence(inside("generate", tiny_folder, "--prompt", ""))
-    assert "the model's context is 256" in sentence(inside("generate", tiny_folder, "--prompt", WORDS))
+    assert "do not fit the model's context of 256" in sentence(inside("generate", tiny_folder, "--prompt", WORDS))
     assert "the text has 3 tokens" in sentence(
         inside("calibrate", tiny_folder, "-o", graphs, "--text", "-", stdin="a b c")
     )
