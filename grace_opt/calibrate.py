@@ -109,6 +109,10 @@ def calibrate(
             done += len(ids)
             if not graphs.windows:
                 raise InputError(_nothing_captured(model, capture))
+            if set(graphs.windows.values()) != {done // window}:
+                raise InputError(
+                    f"{type(model).__name__} does not run each of its layers once in a pass, which is not supported"
+                )
             if progress is not None:
                 progress(done, options.tokens)
     heads, kv_heads, head_dim = capture.geometry

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="grace-opt",
     help="Choose which channels of a key/value cache to drop, prove how good the choice is, and apply it.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -43,7 +42,7 @@ class Format(StrEnum):
 
 def _config_callback(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
-        ctx.default_map = {**(ctx.default_map or {}), **read_config(path)}
+        ctx.default_map = {**(ctx.default_map or {}), **read_config(path, ctx.info_name or "")}
     return path
 
 
@@ -143,7 +142,8 @@ def calibrate(
     done = int(bundle.metadata["tokens"])
     if done + int(bundle.metadata["window"]) <= tokens and not quiet:
         _say(f"the text gave {done} tokens in whole windows, of the {tokens} asked for")
-    record = {"bundle": str(output), "heads": len(bundle.heads), **bundle.metadata}
+    counts = {key: int(value) if value.isdigit() else value for key, value in bundle.metadata.items()}
+    record = {"bundle": str(output), "heads": len(bundle.heads), **counts}
     _print_records([record], format, ["bundle", "model", "heads", "head_dim", "tokens", "text"])
 
 
@@ -161,9 +161,9 @@ def solve(
         bool, _option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them.")
     ] = True,
     recent_window: Annotated[
-        int | None, _option("--recent-window", help="Of the mask; the graphs' own if left out.")
+        int | None, typer.Option("--recent-window", help="Of the mask; the graphs' own if left out.")
     ] = None,
-    sinks: Annotated[int | None, _option("--sinks", help="Of the mask; the graphs' own if left out.")] = None,
+    sinks: Annotated[int | None, typer.Option("--sinks", help="Of the mask; the graphs' own if left out.")] = None,
     time_limit: Annotated[float | None, _option("--time-limit", help="Seconds for each head.")] = None,
     gap_rel: Annotated[float, _option("--gap-rel", help="Relative gap at which a head counts as optimal.")] = 1e-6,
     gap_abs: Annotated[float, _option("--gap-abs", help="Absolute gap at which a head counts as optimal.")] = 0.0,
@@ -308,19 +308,25 @@ def demo(
     print(f"picture: {result.picture}")
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(grace_opt.__version__)
         raise typer.Exit
 
 
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Choose which channels of a key/value cache to drop, prove how good the choice is, and apply it."""
+
+
 def main() -> None:
     """The console script: run a command, turn failures into one sentence and an exit code."""
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] or ["--help"]
     debug = "--debug" in arguments
     if debug:  # may stand anywhere on the line
         arguments = [argument for argument in arguments if argument != "--debug"]
@@ -340,7 +346,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # a usage error, of the command line parser
             code = _failed(error.format_message(), 2, debug=False)
         elif isinstance(error, OSError | MemoryError):
-            code = _failed(f"{error or 'out of memory'}", 2, debug)
+            code = _failed(str(error) or "out of memory", 2, debug)
         else:
             code = _failed(f"unexpected {type(error).__name__}: {error}; --debug shows where", 1, debug)
     if code == 130:

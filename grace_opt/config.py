@@ -39,10 +39,17 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Option name -> value from a TOML file. Raises InputError for a bad file or an unknown table or key."""
+# Tables that only one command reads: a mask's window is not set by the table that is about calibration.
+_ONLY = {"calibration": "calibrate", "generation": "generate"}
+
+
+def read_config(path: str | Path, command: str) -> dict[str, Any]:
+    """Option name -> value from a TOML file, of the tables that ``command`` reads.
+
+    Raises InputError for a bad file or an unknown table or key.
+    """
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"cannot read the config file {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -54,5 +61,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
         for key, value in values.items():
             if key not in TABLES[table]:
                 raise InputError(f"the config file {path} sets {table}.{key}{nearest(key, TABLES[table])}")
-            options[key] = value
+            if _ONLY.get(table, command) == command:
+                options[key] = value
     return options

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grace_opt.calibrate import Calibration, calibrate
+from grace_opt.errors import InputError
 from grace_opt.files import write_json
 from grace_opt.graphs import save_bundle
 from grace_opt.masks import KVMask, mask_from_solutions, save_mask
 from grace_opt.models import load_model
 from grace_opt.plots import kept_channels
+from grace_opt.registry import create
 from grace_opt.solve import solve_many
 from grace_opt.texts import DEFAULT_TEXT, read_pieces, token_windows
 
@@ -89,6 +91,9 @@ def run(
 
     from grace_opt.generate import check_context, forced, kl_per_token
 
+    if new_tokens < 1 or not 0 <= ratio < 1:
+        raise InputError(f"the demo needs a new token and a ratio in [0, 1), got {new_tokens} and {ratio}")
+    runner = create(solver)
     progress(f"load {model_name}", 0, 1)
     model, tokenizer = load_model(model_name)
     check_context(model, context, new_tokens)
@@ -102,7 +107,7 @@ def run(
         progress=lambda done, total: progress("calibrate, tokens", done, total),
     )
     save_bundle(bundle, folder / "graphs.safetensors")
-    solutions = solve_many(bundle.problems(ratio), solver)
+    solutions = solve_many(bundle.problems(ratio), runner)
     mask = mask_from_solutions(bundle, solutions)
     save_mask(mask, folder / "mask")
     picture = folder / "kept-channels.png"

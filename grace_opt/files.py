@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,40 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises InputError when the folder or the file cannot be written (no such folder, no permission, disk full).
     """
-    path = Path(path)
+    path = _target(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a folder; name a file")
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.touch(exist_ok=False)
         try:
             yield temporary
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; these are to be shared as usual
             os.replace(temporary, path)
         finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write {path}: {reason}; choose another place or free some space") from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise InputError now if ``path`` cannot be written, rather than after the work. Makes its folder."""
+    path = _target(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+def _target(path: str | Path) -> Path:
+    """Where a link leads, if it is a place for a file: renaming would replace a link, or a device, by a file."""
+    try:
+        path = Path(path).resolve()
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: it is not a file; name a new file or one to replace")
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot write {path}: {error}; choose another place") from error
+    return path
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -89,21 +106,3 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise InputError(f"{path} is truncated or not JSON ({error}); make or fetch it again") from None
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise InputError now if ``path`` cannot be written, rather than after the work. Makes its folder."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a folder; name a file")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error

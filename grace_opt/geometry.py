@@ -9,7 +9,6 @@ from typing import Any
 # Only what shapes keys and queries, by names that are the same in every transformers release.
 _HASHED = (
     "model_type",
-    "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -25,11 +24,12 @@ def text_config(config: Any) -> Any:
 
 
 def config_sha256(config: Any) -> str:
-    """sha256 (hex) of the fields that shape keys and queries, and the RoPE base; the same for all fine-tunes."""
+    """sha256 (hex) of the fields that shape keys and queries, RoPE included; the same for most fine-tunes."""
     text = text_config(config)
     fields = {name: getattr(text, name, None) for name in _HASHED}
     rope = getattr(text, "rope_parameters", None) or {}
     fields["rope_theta"] = rope.get("rope_theta", getattr(text, "rope_theta", None))
+    fields["rope_type"], fields["rope_factor"] = rope.get("rope_type", "default"), rope.get("factor")
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -24,6 +24,7 @@ JSON_NAME, TENSORS_NAME = "kv_mask.json", "kv_mask.safetensors"
 
 Keep = tuple[NDArray[np.int32], ...]
 _KINDS = {"k": "key_keep", "v": "value_keep"}
+_STAGES = {"key": "post_rope", "value": "v_proj_output"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +212,7 @@ def load_mask(folder: str | Path) -> KVMask:
                 f"{tensors_path} is not the file that {path.name} belongs to (sha256 differs); solve again"
             )
         return _mask(description, tensors)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise InputError(f"{path} lacks a field or has one of the wrong type ({error}); make the mask again") from None
 
 
@@ -234,14 +235,27 @@ def _describe(mask: KVMask) -> dict[str, Any]:
             "num_key_value_heads": mask.num_key_value_heads,
             "head_dim": mask.head_dim,
         },
-        "key": {"stage": "post_rope", "structure": "channel", "count": _count(mask.key_keep)},
-        "value": {"stage": "v_proj_output", "structure": "channel", "count": _count(mask.value_keep)},
+        "key": {
+            "stage": _STAGES["key"],
+            "numbering": "model",
+            "align": 1,
+            "structure": "channel",
+            "count": _count(mask.key_keep),
+        },
+        "value": {
+            "stage": _STAGES["value"],
+            "numbering": "model",
+            "align": 1,
+            "structure": "channel",
+            "count": _count(mask.value_keep),
+        },
         "softmax_scale": mask.softmax_scale,
         "policy": {
             "recent_window": mask.recent_window,
             "sink_tokens": mask.sinks,
             "prefill": mask.prefill,
-            "full_iff": "query_pos - key_pos < recent_window or key_pos < sink_tokens",
+            "full_iff": "same prompt or chunk, or query_pos - key_pos < recent_window, or key among the row's first "
+            "sink_tokens real tokens",
         },
         "readout": {"scope": mask.readout_scope},
         "layers": layers,
@@ -260,6 +274,20 @@ def _count(keeps: Mapping[int, Keep]) -> str:
 
 def _mask(description: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> KVMask:
     geometry, policy = description["geometry"], description["policy"]
+    for kind, stage in _STAGES.items():
+        if (description[kind]["stage"], description[kind]["structure"]) != (stage, "channel"):
+            raise InputError(
+                f"the mask's {kind} channels are of stage {description[kind]['stage']!r} and structure "
+                f"{description[kind]['structure']!r}; only {stage!r} and 'channel' can be read"
+            )
+    named = {
+        f"layers.{e['index']}.{letter}.keep" for e in description["layers"] for letter in _KINDS if f"{letter}_dim" in e
+    }
+    held = {name for name in tensors if name.endswith(".keep")}
+    if named != held or len({entry["index"] for entry in description["layers"]}) != len(description["layers"]):
+        raise InputError(
+            f"the mask's list of layers does not match its tensors ({sorted(named ^ held)}); make it again"
+        )
     keeps: dict[str, dict[int, Keep]] = {letter: {} for letter in _KINDS}
     for entry in description["layers"]:
         for letter in _KINDS:
@@ -296,11 +324,11 @@ def _mask(description: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> KVM
 
 def _keep(tensors: Mapping[str, np.ndarray], prefix: str) -> Keep:
     name = f"{prefix}.keep"
-    if name not in tensors:
-        raise InputError(f"the mask's tensor {name} is missing; make the mask again")
     keep = tensors[name]
     if not np.issubdtype(keep.dtype, np.integer):
         raise InputError(f"the mask's tensor {name} must hold whole numbers, not {keep.dtype}")
+    if keep.size and not 0 <= keep.min() <= keep.max() <= np.iinfo(np.int32).max:
+        raise InputError(f"the mask's tensor {name} holds channel {keep.max()}, which is out of range; make it again")
     if keep.ndim == 2:
         return tuple(keep.astype(np.int32))
     offsets = tensors.get(f"{prefix}.offsets")

@@ -122,8 +122,8 @@ def _checked_limits(limits: Limits | None) -> Limits:
     limits = limits or Limits()
     for name in ("time_limit", "gap_rel", "gap_abs", "node_limit", "iteration_limit"):
         value = getattr(limits, name)
-        if value is not None and not value >= 0:  # also refuses NaN
-            raise InputError(f"{name} must not be negative, got {value}")
+        if value is not None and not 0 <= value < math.inf:  # also refuses NaN
+            raise InputError(f"{name} must be a finite number that is not negative, got {value}")
     if limits.threads < 1:
         raise InputError(f"threads must be at least 1, got {limits.threads}")
     if limits.seed < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,7 +25,12 @@ def read_pieces(source: str | None) -> Iterator[str]:
 
         yield from _pieces(f"{topics[name]}\n" for name in sorted(topics))
     elif source == "-":
-        yield from _decoded(sys.stdin, "standard input")
+        if sys.stdin is None:
+            raise InputError("there is no standard input to read; give a file")
+        # Python itself would let bytes through that are not UTF-8.
+        binary = getattr(sys.stdin, "buffer", None)
+        stream = sys.stdin if binary is None else io.TextIOWrapper(binary, encoding="utf-8")
+        yield from _decoded(stream, "standard input")
     else:
         path = Path(source)
         if path.is_dir() or not path.exists():

@@ -185,7 +185,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(whole_heads: Path, tmp_path: 
         "at least 0 and below 1, got 1.0": (whole_heads, "--ratio", 1),
         "at least 0 and below 1, got -0.1": (whole_heads, "--ratio", -0.1),
         "did you mean 'greedy'": (whole_heads, "--ratio", 0.5, "--solver", "greddy"),
-        "time_limit must not be negative": (whole_heads, "--ratio", 0.5, "--time-limit", -1),
+        "time_limit must be a finite number": (whole_heads, "--ratio", 0.5, "--time-limit", -1),
         "valid number": (whole_heads, "--ratio", "half"),
         "No such option: --ratoi": (whole_heads, "--ratoi", 0.5),
     }
@@ -197,6 +197,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(whole_heads: Path, tmp_path: 
     assert cli("nonsense").returncode == 2
 
 
+def test_version_and_help() -> None:
+    from grace_opt import __version__
+
+    assert cli("--version").stdout.strip() == __version__
+    assert "calibrate" in cli().stdout
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in cli("solve", tmp_path / "absent", "--ratio", 0.5, "-o", tmp_path, "--debug").stderr
 
@@ -206,7 +213,7 @@ def test_the_whole_path_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> N
     graphs, mask = tmp_path / "graphs.safetensors", tmp_path / "mask"
     common = ("--tokens", 128, "--window", 64, "-f", "json")
     made = records(inside("calibrate", tiny_folder, "-o", graphs, "--text", tmp_path / "text.txt", *common))[0]
-    assert (made["tokens"], made["heads"], made["head_dim"]) == ("128", 4, "16")
+    assert (made["tokens"], made["heads"], made["head_dim"]) == (128, 4, 16)
     piped = tmp_path / "piped.safetensors"
     records(inside("calibrate", tiny_folder, "-o", piped, "--text", "-", *common, stdin=WORDS))
     for mine, theirs in zip(load_bundle(graphs).heads, load_bundle(piped).heads, strict=True):

@@ -69,7 +69,13 @@ def test_the_files_say_what_implementers_need(tmp_path: Path) -> None:
         {"index": 2, "k_dim": 3},
         {"index": 3, "skip": True},
     ]
-    assert said["key"] == {"stage": "post_rope", "structure": "channel", "count": "uniform"}
+    assert said["key"] == {
+        "stage": "post_rope",
+        "numbering": "model",
+        "align": 1,
+        "structure": "channel",
+        "count": "uniform",
+    }
     assert said["policy"]["recent_window"] == 32
     tensors = load_file(tmp_path / "kv_mask.safetensors")
     assert tensors["layers.0.k.keep"].dtype == np.int32
@@ -125,12 +131,20 @@ def described(folder: Path, change: Any) -> None:
         (lambda f: described(f, lambda s: s["layers"][0].update(k_dim=4)), "should keep 4 channels"),
         (lambda f: described(f, lambda s: s["policy"].update(sink_tokens=-1)), "sinks must not be negative"),
         (lambda f: described(f, lambda s: s["geometry"].update(head_dim="x")), "wrong type"),
+        (lambda f: described(f, lambda s: s["key"].update(stage="pre_rope")), "only 'post_rope'"),
+        (lambda f: described(f, lambda s: s.update(layers=[])), "does not match its tensors"),
+        (lambda f: described(f, lambda s: s.update(layers={})), "does not match its tensors"),
+        (
+            lambda f: described(f, lambda s: s["layers"].append({"index": 1, "skip": True})),
+            "does not match its tensors",
+        ),
+        (lambda f: tampered(f, lambda t: t.update({"layers.0.k.keep": np.full((2, 3), 2**32)})), "out of range"),
         (lambda f: (f / "kv_mask.safetensors").unlink(), "no such file"),
         (lambda f: (f / "kv_mask.safetensors").write_bytes(b"short"), "truncated"),
         (lambda f: save_file({"a": np.ones(3)}, f / "kv_mask.safetensors"), "sha256 differs"),
         (lambda f: tampered(f, lambda t: t["layers.0.k.keep"].__setitem__((0, 2), 8)), "sorted, distinct and in 0..7"),
         (lambda f: tampered(f, lambda t: t["layers.0.k.keep"].__setitem__((0, 1), 0)), "sorted, distinct"),
-        (lambda f: tampered(f, lambda t: t.pop("layers.2.k.keep")), "layers.2.k.keep is missing"),
+        (lambda f: tampered(f, lambda t: t.pop("layers.2.k.keep")), "does not match its tensors.*layers.2.k.keep"),
         (lambda f: tampered(f, lambda t: t.update({"layers.0.k.keep": np.ones((2, 3))})), "whole numbers"),
         (lambda f: tampered(f, lambda t: t.update({"layers.0.k.keep": np.arange(3)})), "do not fit together"),
     ],
@@ -150,7 +164,7 @@ def test_a_mask_belongs_to_its_model() -> None:
     with pytest.raises(InputError, match="made for 'some/model', not for 'other'"):
         mask.check_model(tiny_model("Llama", num_hidden_layers=3).config, "other")
     for change in (
-        {"vocab_size": 50},
+        {"num_hidden_layers": 3},
         {"intermediate_size": 32},
         {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
     ):

@@ -206,11 +206,57 @@ def test_cache_operations_follow_the_batch() -> None:
 def test_half_precision_stays_close_to_the_reference() -> None:
     model = tiny_model("Llama", initializer_range=0.05).to(torch.bfloat16)
     mask = random_mask(model, 8, recent_window=4, sinks=2)
+    ids, _ = prompts()
     past = grace_opt.runtime.cache(mask, model)
-    pruned = run(model, past, new_tokens=1)
+
+    def logits(past: Any) -> torch.Tensor:
+        with torch.no_grad():
+            steps = [model(input_ids=ids[:, :10], past_key_values=past).logits[:, -1:]]
+            steps += [model(input_ids=ids[:, t : t + 1], past_key_values=past).logits for t in range(10, 21)]
+        return torch.cat(steps, 1)
+
+    pruned = logits(past)
     use_zero_channel_attention(model, mask)
-    torch.testing.assert_close(pruned.logits[0], run(model, None, new_tokens=1).logits[0], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(pruned, logits(DynamicCache(config=model.config)), atol=0.05, rtol=0.05)
     assert all(tensor.dtype in (torch.bfloat16, torch.int64) for tensor in past.layers[0].tensors())
+
+
+def test_gradients_and_inference_mode_may_alternate() -> None:
+    model = tiny_model("Llama")
+    mask = random_mask(model, 6, recent_window=3, sinks=2)
+    ids, _ = prompts()
+    past = grace_opt.runtime.cache(mask, model)
+    with torch.inference_mode():
+        model(input_ids=ids.repeat(1, 10), past_key_values=past)
+        model(input_ids=ids[:, :1], past_key_values=past)
+    with torch.no_grad():
+        for step in range(3):
+            model(input_ids=ids[:, step : step + 1], past_key_values=past)
+    past = grace_opt.runtime.cache(mask, model)
+    total = sum(model(input_ids=ids[:, a : a + 5], past_key_values=past).logits.sum() for a in (0, 5, 10))
+    total.backward()
+
+
+@pytest.mark.parametrize("lowest", [-1e4, -1e9])
+def test_an_additive_mask_finds_the_same_sinks(lowest: float) -> None:
+    model = tiny_model("Llama")
+    mask = random_mask(model, 6, recent_window=2, sinks=2)
+    ids, attended = prompts()
+    results = []
+    for additive in (False, True):
+        past = grace_opt.runtime.cache(mask, model)
+        pieces = []
+        for low, high in ((0, 18), (18, 19), (19, 20)):
+            visible = (torch.arange(high) <= torch.arange(low, high)[:, None]) & attended[:, None, None, :high].bool()
+            given_mask = torch.zeros(visible.shape).masked_fill(~visible, lowest) if additive else visible
+            positions = (attended.cumsum(-1) - 1).clamp(min=0)[:, low:high]
+            with torch.no_grad():
+                out = model(
+                    input_ids=ids[:, low:high], attention_mask=given_mask, position_ids=positions, past_key_values=past
+                )
+            pieces.append(out.logits[:, -1])
+        results.append(torch.stack(pieces))
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=0)
 
 
 def test_a_switched_attention_function_is_a_sentence_not_a_wrong_number() -> None:

@@ -127,3 +127,13 @@ def test_a_time_limit_keeps_the_incumbent_and_gives_up_the_proof() -> None:
     assert solution.limit is Limit.TIME
     assert solution.lower_bound == -np.inf
     assert len(solution.pruned or ()) == 5
+
+
+def test_one_huge_entry_does_not_hide_the_optimum() -> None:
+    rng = np.random.default_rng(0)
+    weights = np.zeros((16, 16))
+    weights[0, 0] = 1e18
+    weights[1:, 1:] = gram_weights(rng, 15, 20, True)
+    problem = SubsetProblem(weights, 8)
+    smaller = SubsetProblem(weights[1:, 1:], 8)
+    assert solve(problem, "exhaustive").objective == pytest.approx(solve(smaller, "exhaustive").objective, rel=1e-12)

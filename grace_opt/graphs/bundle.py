@@ -64,7 +64,7 @@ class GraphBundle:
         return [
             SubsetProblem(
                 head.weights,
-                prune=math.floor(ratio * len(head.weights) + 1e-9),
+                prune=min(math.floor(ratio * len(head.weights) + 1e-9), len(head.weights) - 1),
                 protected=head.protected if protect else None,
                 groups=head.groups,
                 name=head.name,
@@ -142,6 +142,6 @@ def _head(layer: int, kv_head: int, kind: Kind, tensors: Mapping[str, np.ndarray
         query_gram=real("query_gram"),
         key_gram=real("key_gram"),
         key_mean=real("key_mean"),
-        protected=tensors["protected"] != 0 if "protected" in tensors else None,
-        groups=tensors["groups"].astype(np.int64) if "groups" in tensors else None,
+        protected=tensors.get("protected"),  # their values are checked when a problem is made of them
+        groups=tensors.get("groups"),
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from grace_opt.errors import InputError
 from grace_opt.graphs.bundle import HeadGraph
 from grace_opt.graphs.protection import Protection, salient_channels
 from grace_opt.problem import FloatArray
@@ -66,6 +67,11 @@ class LogitGraphs:
             count = self.windows[layer]
             mean = {name: (total / count).cpu().numpy() for name, total in self._sums[layer].items()}
             for head in range(len(mean["weights"])):
+                if not all(np.isfinite(statistic[head]).all() for statistic in mean.values()):
+                    raise InputError(
+                        f"the queries or keys of layer {layer}, KV head {head} are not finite; check the model's "
+                        "weights, or use float32"
+                    )
                 key_gram: FloatArray = mean["key_gram"][head]
                 norms = np.sqrt(np.diagonal(key_gram))
                 graphs.append(

@@ -70,6 +70,13 @@ def attention(
         )
     if kwargs.get("sliding_window") is not None:
         raise InputError(f"layer {key.layer.index} attends in a sliding window; leave it out of the mask")
+    if getattr(module, "layer_idx", key.layer.index) != key.layer.index:
+        raise InputError(
+            f"{type(module).__name__} of layer {module.layer_idx} reads the cache of layer {key.layer.index}; models "
+            "that run a layer several times are not supported"
+        )
+    if attention_mask is not None and attention_mask.shape[1] != 1:
+        raise InputError("this model masks each head in its own way, which is not supported yet; use another model")
     key.layer.find_sinks(attention_mask)
     if key.prefill_keys is not None:
         return sdpa_attention_forward(
@@ -107,7 +114,7 @@ def _attend(
         position = torch.arange(tokens, device=query.device)
         mask = position <= position[tokens - age : tokens - age + new, None]
     if mask is not None:
-        mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
+        mask = mask.unsqueeze(2) if mask.dim() == 4 else mask  # [B or 1, 1, 1, n, T]; the causal one above is [n, T]
         # The lowest finite number, not -inf: rows that are all padding must not become NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask

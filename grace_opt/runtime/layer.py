@@ -130,7 +130,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         before = self.length - dropped.shape[2]
         if mask is not None:
             seen = mask[:, 0, -1, : self.length]
-            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+            seen = seen if seen.dtype == torch.bool else seen > -1e3  # masks go by -1e4 and lower
             first = torch.where(seen.any(1), seen.int().argmax(1), self.length)
             self._first = first.expand(len(self._first)).clone()
         slot = self.sink_columns() - before  # [B, sinks], where among these tokens each sink is
@@ -227,7 +227,9 @@ class _Selection:
 def _append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
     """``buffer`` [B, H, capacity, d] with ``new`` [B, H, n, d] written from ``length`` on, grown if it must."""
     end = length + new.shape[2]
-    if end > buffer.shape[2]:
+    # Autograd and inference mode forbid writing into what they have seen: then every update copies.
+    frozen = torch.is_grad_enabled() or (buffer.is_inference() and not torch.is_inference_mode_enabled())
+    if end > buffer.shape[2] or (frozen and length):
         capacity = end if length == 0 else end + end // 128
         grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
         grown[:, :, :length] = buffer[:, :, :length]
