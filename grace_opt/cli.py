@@ -275,7 +275,7 @@ def demo(
     output: OutputFolder = Path("demo"),
     ratio: RatioOption = 0.5,
     solver: SolverOption = "greedy",
-    context: Annotated[int, typer.Option("--context", help="Tokens of the long prompt.")] = 2048,
+    context: Annotated[int, typer.Option("--context", help="Tokens of the long prompt.")] = 1024,
     max_new_tokens: Annotated[int, _option("--max-new-tokens", help="Tokens to generate.")] = 64,
     config: ConfigOption = None,
     format: FormatOption = Format.TABLE,

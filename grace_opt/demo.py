@@ -77,7 +77,7 @@ def run(
     *,
     ratio: float = 0.5,
     solver: str = "greedy",
-    context: int = 2048,
+    context: int = 1024,
     new_tokens: int = 64,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> DemoResult:
