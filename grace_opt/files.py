@@ -89,7 +89,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
         raise InputError(f"no such file: {path}")
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(sorted((file.metadata() or {}).items()))  # noqa: SIM118
     except (SafetensorError, TypeError, ValueError) as error:
         raise InputError(f"{path} is truncated or not a safetensors file ({error}); make or fetch it again") from None
     except OSError as error:
