@@ -150,7 +150,8 @@ class Solution:
     """One checked solver run. ``objective`` is recomputed from ``pruned``; NaN when there is no selection.
 
     ``lower_bound`` is -inf if none. A bound of kind ``proven`` may exceed the true optimum by rounding only: at
-    most 1e-12 times the sum of |W_ij| over the pruned channels in the front end, plus what its solver states.
+    most 1e-12 times the sum of |W_ij| over the pruned channels plus 1e-9 of the objective in the front end, which
+    lowers such a bound to the objective, and what its solver states.
     """
 
     problem: str
