@@ -20,7 +20,7 @@ from grace_opt.config import read_config
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
-    from grace_opt.solution import Limits
+    from grace_opt.solution import Limits, Solution
 
 app = typer.Typer(
     name="grace-opt",
@@ -33,6 +33,12 @@ out = Console(width=None if sys.stdout.isatty() else 120)  # a pipe is no reason
 err = Console(stderr=True)
 
 
+class Engine(StrEnum):
+    """Where heads are solved."""
+
+    LOCAL = "local"
+
+
 class Format(StrEnum):
     """How results are printed."""
 
@@ -42,7 +48,12 @@ class Format(StrEnum):
 
 def _config_callback(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
-        ctx.default_map = {**(ctx.default_map or {}), **read_config(path, ctx.info_name or "")}
+        options = read_config(path, ctx.info_name or "")
+        for parameter in ctx.command.params:  # one value will do for an option that may be repeated
+            value = options.get(parameter.name or "")
+            if getattr(parameter, "multiple", False) and value is not None and not isinstance(value, list):
+                options[parameter.name or ""] = [value]
+        ctx.default_map = {**(ctx.default_map or {}), **options}
     return path
 
 
@@ -70,6 +81,7 @@ SolverOption = Annotated[str, _option("--solver", help="Solver name; grace-opt s
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="smollm2-135m (fetched from its package), a local folder, or a hub id.")
 ]
+WorkersOption = Annotated[int, _option("--workers", help="Heads solved at the same time.")]
 DtypeOption = Annotated[str, _option("--dtype", help="float32, bfloat16, float16 or auto.")]
 DeviceOption = Annotated[str, _option("--device", help="Torch device, e.g. cpu or cuda.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
@@ -153,7 +165,7 @@ def solve(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Graph bundle, from grace-opt calibrate.")],
     output: OutputFolder,
     ratio: RatioOption,
-    solver: SolverOption = "greedy",
+    solver: SolverOption = "auto",
     solver_option: Annotated[
         list[str] | None, _option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")
     ] = None,
@@ -171,6 +183,11 @@ def solve(
     iteration_limit: Annotated[int | None, _option("--iteration-limit", help="Iterations for each head.")] = None,
     seed: SeedOption = 0,
     threads: Annotated[int, _option("--threads", help="Threads of one solve.")] = 1,
+    engine: Annotated[Engine, _option("--engine", help="Where heads are solved.")] = Engine.LOCAL,
+    workers: WorkersOption = 1,
+    isolate: Annotated[
+        bool, _option("--isolate/--no-isolate", help="Solve in processes of their own, killed past the time limit.")
+    ] = False,
     config: ConfigOption = None,
     format: FormatOption = Format.TABLE,
     verbose: VerboseOption = False,
@@ -189,16 +206,37 @@ def solve(
     graphs = load_bundle(bundle)
     problems = graphs.problems(ratio, protect=protect)
     _require_writable(output / "kv_mask.json")
+    finished: list[Solution] = []
+
+    def write_records(solutions: list[Solution]) -> list[dict[str, Any]]:
+        records = [solution.record() for solution in solutions]
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        write_text(output / "records.jsonl", lines)
+        write_json(output / "run.json", _provenance(sources, limits, records[0]["versions"]))
+        return records
+
     with _progress(quiet) as progress:
         task = progress.add_task(f"{solver}, heads", total=len(problems))
-        solutions = grace_opt.solve_many(
-            problems, runner, limits=limits, progress=lambda solution: progress.update(task, advance=1)
-        )
-    records = [solution.record() for solution in solutions]
+
+        def note(solution: Solution) -> None:
+            finished.append(solution)
+            last = f"{solution.problem}: objective {_cell(solution.objective)}, gap {_cell(solution.gap)}"
+            progress.update(task, advance=1, description=last)
+
+        try:
+            solutions = grace_opt.solve_many(
+                problems, runner, limits=limits, workers=workers, isolate=isolate, progress=note
+            )
+        except KeyboardInterrupt:
+            if finished:
+                write_records(finished)
+                _say(
+                    f"{len(finished)} of {len(problems)} heads were finished; their records are in {output}, no mask is"
+                )
+            raise
     mask = mask_from_solutions(graphs, solutions, recent_window=recent_window, sinks=sinks)
     save_mask(mask, output)
-    write_text(output / "records.jsonl", "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-    write_json(output / "run.json", _provenance(sources, limits, records[0]["versions"]))
+    records = write_records(solutions)
     if format is Format.JSON:
         _print_records(records, format)
         return
@@ -208,6 +246,76 @@ def solve(
         _print_records(_by_layer(records), format)
     if not quiet:
         _say(f"mask written to {output}")
+
+
+@app.command()
+def compare(
+    ctx: typer.Context,
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="Graph bundles, from grace-opt calibrate.")
+    ],
+    output: OutputFolder,
+    ratio: Annotated[
+        list[float], _option("--ratio", help="Fraction of each head's channels to prune, in [0, 1); repeatable.")
+    ],
+    solver: Annotated[list[str], _option("--solver", help="Solver name; repeatable.")],
+    solver_option: Annotated[
+        list[str] | None, _option("--solver-option", help="NAME.OPTION=VALUE, an option of solver NAME; repeatable.")
+    ] = None,
+    protect: Annotated[
+        bool, _option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them.")
+    ] = True,
+    time_limit: Annotated[float | None, _option("--time-limit", help="Seconds for each head.")] = None,
+    gap_rel: Annotated[float, _option("--gap-rel", help="Relative gap at which a head counts as optimal.")] = 1e-6,
+    gap_abs: Annotated[float, _option("--gap-abs", help="Absolute gap at which a head counts as optimal.")] = 0.0,
+    node_limit: Annotated[int | None, _option("--node-limit", help="Nodes for each head.")] = None,
+    iteration_limit: Annotated[int | None, _option("--iteration-limit", help="Iterations for each head.")] = None,
+    seed: SeedOption = 0,
+    threads: Annotated[int, _option("--threads", help="Threads of one solve.")] = 1,
+    workers: WorkersOption = 1,
+    config: ConfigOption = None,
+    format: FormatOption = Format.TABLE,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run several solvers on the same heads; what the folder already has a record of is not run again."""
+    sources = _explain(ctx, verbose)
+    from grace_opt.compare import compare as run
+    from grace_opt.compare import solver_options
+    from grace_opt.solution import Limits
+
+    with _progress(quiet) as progress:
+        task = progress.add_task("compare", total=None)
+
+        def finished(done: int, total: int, record: dict[str, Any] | None) -> None:
+            last = "compare, pairs left"
+            if record is not None:
+                objective, gap = _cell(record["objective"]), _cell(record["gap"])
+                last = f"{record['solver']}: {record['problem']}, objective {objective}, gap {gap}"
+            progress.update(task, description=last, completed=done, total=total)
+
+        comparison = run(
+            bundles,
+            solver_options(solver, solver_option or []),
+            ratio,
+            output,
+            limits=Limits(time_limit, gap_rel, gap_abs, node_limit, iteration_limit, seed, threads),
+            workers=workers,
+            isolate=True,
+            protect=protect,
+            provenance={"command": ["grace-opt", *sys.argv[1:]], "options": sources},
+            progress=finished,
+            remark=(lambda sentence: None) if quiet else _say,
+        )
+    if format is Format.JSON:
+        _print_records(comparison.records, format)
+        return
+    folders = [str(bundle.absolute().parent) for bundle in bundles]
+    common = os.path.commonpath(folders)
+    rows = [{**_summary_row(row), "bundle": os.path.relpath(row["bundle"], common)} for row in comparison.summary]
+    _print_records(rows, format, _summary_columns(comparison.summary))
+    if not quiet:
+        _say(f"report written to {output / 'report.html'}")
 
 
 @app.command()
@@ -436,6 +544,39 @@ def _by_layer(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "statuses": ", ".join(sorted(row["statuses"]))} for row in rows.values()]
 
 
+def _summary_columns(summary: list[dict[str, Any]]) -> list[str]:
+    """The columns of the comparison's table: those that are the same in every row only where they say something."""
+    columns = [
+        *("heads", "mean over best %", "max over best %", "mean gap %", "gap to best bound %", "optimal %"),
+        *("time ms", "errors"),
+    ]
+    several = [name for name in ("bundle", "ratio") if len({row[name] for row in summary}) > 1]
+    rare = [name for name in ("no_selection", "not_supported") if any(row[name] for row in summary)]
+    return [*several, "solver", *columns, *rare]
+
+
+def _summary_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Short enough for a row of 80 characters."""
+
+    def short(value: float | None) -> str:
+        if value is None:
+            return "-"
+        return "<1e-6" if 0 < value < 1e-6 else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+    def percent(name: str) -> str:
+        return short(None if row[name] is None else 100 * row[name])
+
+    return {
+        **row,
+        "mean over best %": percent("over_best_mean"),
+        "max over best %": percent("over_best_max"),
+        "mean gap %": percent("gap_mean"),
+        "gap to best bound %": percent("reference_gap_mean"),
+        "optimal %": percent("optimal_share"),
+        "time ms": short(None if row["time"] is None else 1000 * row["time"]),
+    }
+
+
 def _print_records(records: list[dict[str, Any]], format: Format, columns: list[str] | None = None) -> None:
     if format is Format.JSON:
         sys.stdout.write(json.dumps({"records": records}, allow_nan=False) + "\n")
@@ -443,7 +584,7 @@ def _print_records(records: list[dict[str, Any]], format: Format, columns: list[
     columns = columns or list(records[0])
     table = Table(box=None, pad_edge=False)
     for name in columns:
-        table.add_column(name.replace("_", " "), overflow="fold")
+        table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name == "solver")
     for record in records:
         table.add_row(*(_cell(record.get(name)) for name in columns))
     out.print(table)

@@ -35,6 +35,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "seed",
         "threads",
     ),
+    "engine": ("engine", "workers", "isolate"),
     "generation": ("prompt", "max_new_tokens", "num_beams"),
 }
 

@@ -33,7 +33,8 @@ class SolverInfo:
     origin: str = "built-in"
 
 
-_BUILT_IN = {
+#: the solvers that come with grace-opt
+BUILT_IN = {
     info.name: info
     for info in (
         SolverInfo(
@@ -49,6 +50,24 @@ _BUILT_IN = {
             "numpy",
         ),
         SolverInfo(
+            "local-search",
+            "grace_solvers.local_search:LocalSearchSolver",
+            "never worse than greedy in either direction; tabu search over exchanges; no bound",
+            "numba, scipy",
+        ),
+        SolverInfo(
+            "branch-and-bound",
+            "grace_solvers.branch_and_bound:BranchAndBoundSolver",
+            "the optimum, proven; under a limit the best selection and bound so far",
+            "numba, scipy",
+        ),
+        SolverInfo(
+            "auto",
+            "grace_solvers.auto:AutoSolver",
+            "branch-and-bound where it can prove something, local-search elsewhere; says which",
+            "numba, scipy",
+        ),
+        SolverInfo(
             "exhaustive",
             "grace_solvers.exhaustive:ExhaustiveSolver",
             "the optimum, proven by enumeration; at most 20 prunable nodes",
@@ -60,15 +79,15 @@ _BUILT_IN = {
 
 def solvers() -> list[SolverInfo]:
     """All known solvers, built-ins first, then plug-ins by name. Imports none of them."""
-    return [*_BUILT_IN.values(), *(_plugin_info(point) for point in _plugins().values())]
+    return [*BUILT_IN.values(), *(_plugin_info(point) for point in _plugins().values())]
 
 
 def create(name: str, options: Mapping[str, Any] | None = None) -> Solver:
     """The solver called ``name`` with its options set.
 
     Raises:
-        InputError: for an unknown name or option (with the nearest known one), a value of the wrong type, or a
-            plug-in that cannot be imported.
+        InputError: for an unknown name or option (with the nearest known one), a value of the wrong type, a package
+            that the solver needs and is not installed, or a plug-in that cannot be imported.
     """
     solver_class = _load(name)
     fields = {f.name: f for f in dataclasses.fields(solver_class) if f.init}
@@ -84,7 +103,16 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Solver:
         first = error.errors()[0]
         option = ".".join(map(str, first["loc"]))
         raise InputError(f"solver {name!r}, option {option!r}: {first['msg']}, got {first['input']!r}") from None
+    for package in solver.capabilities.requires:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise InputError(_missing(name, package)) from None
     return solver
+
+
+def _missing(name: str, package: str) -> str:
+    return f"solver {name!r} needs {package}, which is not installed here; pip install {package}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -96,12 +124,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _load(name: str) -> Any:
-    if name in _BUILT_IN:
-        module, _, attribute = _BUILT_IN[name].reference.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].reference.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ImportError as error:
+            raise InputError(_missing(name, error.name or str(error))) from error
     plugins = _plugins()
     if name not in plugins:
-        raise InputError(f"unknown solver {name!r}{nearest(name, [*_BUILT_IN, *plugins])}")
+        raise InputError(f"unknown solver {name!r}{nearest(name, [*BUILT_IN, *plugins])}")
     point = plugins[name]
     try:
         solver_class = point.load()
@@ -125,7 +156,7 @@ def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
             continue
         if not point.name.replace("-", "_").isidentifier():
             warnings.warn(f"solver plug-in {point.name!r} ({point.value}) ignored: not a valid name", stacklevel=3)
-        elif point.name in _BUILT_IN or point.name in found:
+        elif point.name in BUILT_IN or point.name in found:
             warnings.warn(f"solver plug-in {point.name!r} ({point.value}) ignored: the name is taken", stacklevel=3)
         else:
             found[point.name] = point

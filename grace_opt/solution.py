@@ -90,6 +90,11 @@ class Capabilities:
     requires: tuple[str, ...] = ()
 
 
+#: (seconds since the start, objective of the incumbent, lower bound) whenever one of the two improved; infinite
+#: where there is none yet.
+Trace = tuple[tuple[float, float, float], ...]
+
+
 @dataclass(frozen=True)
 class RawResult:
     """What a solver returns. The front end trusts only ``pruned``, and that after checking it."""
@@ -104,6 +109,7 @@ class RawResult:
     iterations: int = 0
     timing: Timing = Timing()
     warnings: tuple[str, ...] = ()
+    trace: Trace = ()
 
 
 @runtime_checkable
@@ -149,9 +155,9 @@ def relative_gap(objective: float, lower_bound: float) -> float:
 class Solution:
     """One checked solver run. ``objective`` is recomputed from ``pruned``; NaN when there is no selection.
 
-    ``lower_bound`` is -inf if none. A bound of kind ``proven`` may exceed the true optimum by rounding only: at
-    most 1e-12 times the sum of |W_ij| over the pruned channels plus 1e-9 of the objective in the front end, which
-    lowers such a bound to the objective, and what its solver states.
+    ``lower_bound`` is -inf if none. A bound of kind ``proven`` may exceed the true optimum by rounding only: what its
+    solver states, and in the front end at most 1e-12 times the sum of |W_ij| over the pruned channels. A bound within
+    that of the objective, or above it by at most 1e-9 of it, becomes the objective.
     """
 
     problem: str
@@ -175,6 +181,7 @@ class Solution:
     options: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    trace: Trace = ()
 
     @property
     def gap(self) -> float:
@@ -206,6 +213,7 @@ class Solution:
             "options": dict(self.options),
             "warnings": list(self.warnings),
             "versions": dict(self.versions),
+            "trace": [[_finite(value) for value in point] for point in self.trace],
         }
 
 

@@ -6,20 +6,21 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from grace_opt.engine import failed, run_one, runs
 from grace_opt.errors import InputError
 from grace_opt.problem import SubsetProblem
 from grace_opt.registry import create
 from grace_opt.solution import (
-    BatchSolver,
     BoundKind,
+    Limit,
     Limits,
     RawResult,
     Solution,
@@ -33,7 +34,7 @@ ROUNDING_SLACK = 1e-12
 
 def solve(
     problem: SubsetProblem,
-    solver: str | Solver = "greedy",
+    solver: str | Solver = "auto",
     *,
     options: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
@@ -65,49 +66,54 @@ def solve(
         start = np.zeros(problem.n, bool)
         start[problem.indices(warm_start)] = True
     _require_support(runner, problem)
-    began = time.perf_counter_ns()
-    try:
-        raw = runner.solve(problem, limits, start, np.random.default_rng(limits.seed))
-    except Exception as error:  # a native or third-party solver may fail in any way; one head must not end a run
-        raw = _failed(error)
-    return _checked(problem, runner, limits, raw, time.perf_counter_ns() - began)
+    return checked(problem, runner, limits, *run_one(runner, problem, limits, start))
 
 
 def solve_many(
     problems: Sequence[SubsetProblem],
-    solver: str | Solver = "greedy",
+    solver: str | Solver = "auto",
     *,
     options: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
+    workers: int = 1,
+    isolate: bool = False,
     progress: Callable[[Solution], None] | None = None,
 ) -> list[Solution]:
     """Solve many problems with one solver, in their order; a batched solver gets them all at once.
 
-    ``progress`` is called with each solution as it is finished. In a batch the time of a problem is the batch's
-    time divided by their number. Raises as `solve` does, before anything is solved.
+    Args:
+        problems, solver, options, limits: as in `solve`; limits are for each problem.
+        workers: how many problems are solved at a time, by threads, or by processes with ``isolate``.
+        isolate: run the solver in processes of its own. One that crashes makes a solution of status ``error``; one that
+            does not return is killed when it is past its time limit by a fifth and two seconds, and makes one of
+            status ``no_solution`` and limit ``time``. The other problems go on. Starting a process takes seconds.
+        progress: called with each solution as it is finished, in this thread; their order is not that of the problems
+            when there are several workers.
+
+    Returns:
+        Solutions in the order of the problems. In a batch the time of a problem is the batch's divided by their number.
+
+    Raises:
+        InputError: as `solve` does, before anything is solved.
+        KeyboardInterrupt: after the problems that threads are at work on are finished; ``progress`` has had them.
     """
     runner = _runner(solver, options)
     limits = _checked_limits(limits)
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
     for problem in problems:
         _require_support(runner, problem)
-    if not (problems and runner.capabilities.batched and isinstance(runner, BatchSolver)):
-        solutions = []
-        for problem in problems:
-            solutions.append(solve(problem, runner, limits=limits))
+    if not problems:
+        return []
+    solutions: dict[int, Solution] = {}
+    with closing(runs(runner, problems, limits, workers=workers, isolate=isolate)) as finished:
+        for index, raw, elapsed in finished:
+            solutions[index] = checked(problems[index], runner, limits, raw, elapsed)
             if progress is not None:
-                progress(solutions[-1])
-        return solutions
-    began = time.perf_counter_ns()
-    try:
-        raws = runner.solve_batch(problems, limits)
-    except Exception as error:  # as in solve()
-        raws = [_failed(error)] * len(problems)
-    share = (time.perf_counter_ns() - began) // len(problems)
-    solutions = [_checked(p, runner, limits, raw, share) for p, raw in zip(problems, raws, strict=True)]
-    if progress is not None:
-        for solution in solutions:
-            progress(solution)
-    return solutions
+                progress(solutions[index])
+            if solutions[index].limit is Limit.INTERRUPTED:
+                raise KeyboardInterrupt
+    return [solutions[index] for index in range(len(problems))]
 
 
 def _runner(solver: str | Solver, options: Mapping[str, Any] | None) -> Solver:
@@ -132,25 +138,33 @@ def _checked_limits(limits: Limits | None) -> Limits:
 
 
 def _require_support(runner: Solver, problem: SubsetProblem) -> None:
-    answer = runner.supports(problem)
+    try:
+        answer = runner.supports(problem)
+    except Exception as error:  # a third party's
+        raise InputError(f"solver {runner.name!r} failed to say whether it takes {problem.name}: {error!r}") from error
     if answer is not True:
         raise InputError(f"solver {runner.name!r} does not take {problem.name}: {answer or 'it says no'}")
 
 
-def _failed(error: Exception) -> RawResult:
-    return RawResult(None, status=Status.ERROR, raw_status=repr(error), warnings=(f"the solver failed: {error!r}",))
-
-
-def _checked(problem: SubsetProblem, runner: Solver, limits: Limits, raw: RawResult, elapsed: int) -> Solution:
+def checked(problem: SubsetProblem, runner: Solver, limits: Limits, raw: RawResult, elapsed: int) -> Solution:
     """A solution from what the solver said, with everything that can be recomputed recomputed."""
+    try:
+        return _recomputed(problem, runner, limits, raw, elapsed)
+    except Exception as error:  # a third party's result may hold anything
+        return _recomputed(problem, runner, limits, failed(TypeError(f"its result cannot be read: {error!r}")), elapsed)
+
+
+def _recomputed(problem: SubsetProblem, runner: Solver, limits: Limits, raw: RawResult, elapsed: int) -> Solution:
     warnings = list(raw.warnings)
     objective, pruned = math.nan, None
-    lower_bound, bound_kind = raw.lower_bound, raw.bound_kind
+    lower_bound, bound_kind = float(raw.lower_bound), BoundKind(raw.bound_kind)
     if math.isnan(lower_bound) or bound_kind is BoundKind.NONE:
         lower_bound, bound_kind = -math.inf, BoundKind.NONE
     status: Status
     if raw.pruned is None:
-        status = Status.NO_SOLUTION if raw.status in (Status.OPTIMAL, Status.FEASIBLE) else raw.status
+        status = Status(raw.status)
+        if status in (Status.OPTIMAL, Status.FEASIBLE):
+            status = Status.NO_SOLUTION
     elif not problem.is_feasible(raw.pruned):
         status = Status.ERROR
         warnings.append("the solver returned a selection that is not feasible; it was thrown away")
@@ -160,14 +174,13 @@ def _checked(problem: SubsetProblem, runner: Solver, limits: Limits, raw: RawRes
         pruned = tuple(chosen.tolist())
         block = problem.weights[np.ix_(chosen, chosen)]
         objective = float(block.sum())
-        if lower_bound > objective:
-            slack = ROUNDING_SLACK * float(np.abs(block).sum())
-            if lower_bound - objective <= slack + 1e-9 * abs(objective):
-                lower_bound = objective
-            else:
-                status = Status.NUMERICAL_ERROR
-                warnings.append(f"the solver's bound {lower_bound!r} lies above its own selection's {objective!r}")
-                lower_bound, bound_kind = -math.inf, BoundKind.NONE
+        slack = ROUNDING_SLACK * float(np.abs(block).sum())
+        if abs(objective - lower_bound) <= slack or 0 < lower_bound - objective <= 1e-9 * abs(objective):
+            lower_bound = objective  # they differ by rounding
+        elif lower_bound > objective:
+            status = Status.NUMERICAL_ERROR
+            warnings.append(f"the solver's bound {lower_bound!r} lies above its own selection's {objective!r}")
+            lower_bound, bound_kind = -math.inf, BoundKind.NONE
         within = relative_gap(objective, lower_bound) <= limits.gap_rel or objective - lower_bound <= limits.gap_abs
         if within and bound_kind is BoundKind.PROVEN:
             status = Status.OPTIMAL
@@ -181,22 +194,24 @@ def _checked(problem: SubsetProblem, runner: Solver, limits: Limits, raw: RawRes
         lower_bound=lower_bound,
         bound_kind=bound_kind,
         status=status,
-        limit=raw.limit,
-        raw_status=raw.raw_status,
-        nodes=raw.nodes,
-        iterations=raw.iterations,
+        limit=Limit(raw.limit),
+        raw_status=str(raw.raw_status),
+        nodes=int(raw.nodes),
+        iterations=int(raw.iterations),
         timing=dataclasses.replace(raw.timing, total=elapsed),
         solver=runner.name,
         solver_version=_version_of(type(runner)),
         seed=limits.seed,
         threads=limits.threads,
-        options=_options(runner),
+        options=options_of(runner),
         warnings=tuple(warnings),
         versions=_versions(runner.capabilities.requires),
+        trace=raw.trace,
     )
 
 
-def _options(runner: Solver) -> dict[str, Any]:
+def options_of(runner: Solver) -> dict[str, Any]:
+    """The resolved options of a solver, as its records show them."""
     if not dataclasses.is_dataclass(runner):
         return {}
     return {f.name: getattr(runner, f.name) for f in dataclasses.fields(runner) if f.init}

@@ -20,7 +20,7 @@ import pytest
 from families import tiny_model
 from safetensors.numpy import save_file
 
-from grace_opt import load_bundle, load_mask
+from grace_opt import load_bundle, load_mask, registry
 from grace_opt.cli import main
 
 
@@ -114,8 +114,13 @@ def test_solve_writes_a_mask_and_prints_records(whole_heads: Path, tmp_path: Pat
     assert provenance["command"][:2] == ["grace-opt", "solve"]
     assert provenance["options"]["ratio"] == {"value": 0.6, "source": "flag"}
     assert provenance["seed"] == 0
-    again = records(cli("solve", whole_heads, "--ratio", 0.6, "-o", tmp_path / "m", "-f", "json", PYTHONHASHSEED="7"))
+    base = ("solve", whole_heads, "--ratio", 0.6, "-o", tmp_path / "m", "-f", "json")
+    again = records(cli(*base, "--solver", "greedy", PYTHONHASHSEED="7"))
     assert [r["pruned"] for r in again] == [r["pruned"] for r in found]
+    best = records(cli(*base, "--workers", 2, "--engine", "local"))  # auto, in threads
+    assert {(r["solver"], r["status"], r["bound_kind"]) for r in best} == {("auto", "optimal", "proven")}
+    assert all(b["objective"] <= f["objective"] for b, f in zip(best, found, strict=True))
+    assert best[0]["raw_status"] == "chose branch-and-bound: 64 nodes to decide"
 
 
 def test_tables_and_lists(whole_heads: Path, tmp_path: Path) -> None:
@@ -128,9 +133,9 @@ def test_tables_and_lists(whole_heads: Path, tmp_path: Path) -> None:
     assert "layers.28.kv_heads.2.key" in verbose.stdout
     assert "ratio = 0.5 (flag)" in verbose.stderr
     listed = records(cli("solvers", "-f", "json"))
-    assert [record["solver"] for record in listed] == ["independent", "greedy", "exhaustive"]
+    assert [record["solver"] for record in listed] == [info.name for info in registry.solvers()]
     assert "MIES" in cli("solvers").stdout
-    for command in ("calibrate", "solve", "generate", "solvers", "demo"):
+    for command in ("calibrate", "solve", "compare", "generate", "solvers", "demo"):
         assert cli(command, "--help").returncode == 0
 
 
@@ -156,7 +161,7 @@ def test_where_options_come_from(whole_heads: Path, tmp_path: Path) -> None:
 
 
 def test_solver_options(whole_heads: Path, tmp_path: Path) -> None:
-    base = ("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "-f", "json")
+    base = ("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "--solver", "greedy", "-f", "json")
     assert records(cli(*base, "--solver-option", "direction=backward"))[0]["options"] == {"direction": "backward"}
     assert "did you mean 'direction'" in sentence(cli(*base, "--solver-option", "directon=backward"))
     assert "takes NAME=VALUE" in sentence(cli(*base, "--solver-option", "direction"))

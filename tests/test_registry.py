@@ -50,7 +50,7 @@ def test_a_plugin_is_listed_without_import_and_then_used(tmp_path: Path, monkeyp
     install(tmp_path, monkeypatch, {"last": "lastsolver:LastSolver", "broken": "brokensolver:Nothing"})
     sys.modules.pop("lastsolver", None)
     listed = {info.name: info for info in registry.solvers()}
-    assert list(listed)[:3] == ["independent", "greedy", "exhaustive"]
+    assert list(listed)[: len(registry.BUILT_IN)] == list(registry.BUILT_IN)
     assert listed["last"].origin == "plug-in"
     assert listed["last"].needs == "last-solver 1.2"
     assert listed["last"].guarantee == "nothing at all"
@@ -73,7 +73,7 @@ def test_built_in_names_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.warns(UserWarning, match="ignored") as caught:
         listed = registry.solvers()
     assert len(caught) == 2
-    assert [info.origin for info in listed] == ["built-in"] * 3
+    assert [info.origin for info in listed] == ["built-in"] * len(registry.BUILT_IN)
     assert type(registry.create("greedy")).__module__ == "grace_solvers.greedy"
 
 
@@ -83,4 +83,18 @@ def test_the_environment_chooses_plugins(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv("GRACE_OPT_PLUGINS", chosen)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert [info.name for info in registry.solvers()][3:] == expected
+            assert [info.name for info in registry.solvers()][len(registry.BUILT_IN) :] == expected
+
+
+def test_a_solver_whose_package_is_missing_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, {"last": "lastsolver:LastSolver"})
+    source = PLUGIN.replace("Capabilities()", "Capabilities(requires=('no-such-distribution',))")
+    (tmp_path / "lastsolver.py").write_text(source)
+    sys.modules.pop("lastsolver", None)
+    with pytest.raises(InputError, match="solver 'last' needs no-such-distribution, which is not installed here"):
+        registry.create("last")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for module in [name for name in sys.modules if name.startswith("grace_solvers")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(InputError, match="solver 'branch-and-bound' needs numba, which is not installed here"):
+        registry.create("branch-and-bound")

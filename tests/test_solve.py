@@ -115,6 +115,7 @@ def test_a_record_is_strict_json_with_the_agreed_names() -> None:
         "options",
         "warnings",
         "versions",
+        "trace",
     ]
     assert record["problem"] == "layers.0.kv_heads.0.key"
     assert record["pruned"] == [0, 1]
