@@ -155,7 +155,7 @@ def checked(problem: SubsetProblem, runner: Solver, limits: Limits, raw: RawResu
 
 
 def _recomputed(problem: SubsetProblem, runner: Solver, limits: Limits, raw: RawResult, elapsed: int) -> Solution:
-    warnings = list(raw.warnings)
+    warnings = [str(warning) for warning in raw.warnings]
     objective, pruned = math.nan, None
     lower_bound, bound_kind = float(raw.lower_bound), BoundKind(raw.bound_kind)
     if math.isnan(lower_bound) or bound_kind is BoundKind.NONE:
@@ -206,7 +206,7 @@ def _recomputed(problem: SubsetProblem, runner: Solver, limits: Limits, raw: Raw
         options=options_of(runner),
         warnings=tuple(warnings),
         versions=_versions(runner.capabilities.requires),
-        trace=raw.trace,
+        trace=tuple((float(seconds), float(value), float(bound)) for seconds, value, bound in raw.trace),
     )
 
 

@@ -228,9 +228,9 @@ class DoesNotProve(Exact):
         return replace(super().solve(problem, limits), bound_kind=BoundKind.NUMERICAL)
 
 
-class NotJson(Changed):
-    def result(self, problem, limits, start, raw):
-        return replace(raw, nodes=np.int64(3))
+@dataclass(frozen=True)
+class NotJson(Right):
+    words: frozenset[str] = frozenset({"an option that JSON does not know"})
 
 
 class TraceCrosses(Changed):
