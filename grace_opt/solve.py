@@ -82,7 +82,10 @@ def solve_many(
     """Solve many problems with one solver, in their order; a batched solver gets them all at once.
 
     Args:
-        problems, solver, options, limits: as in `solve`; limits are for each problem.
+        problems: what to solve; an empty list gives an empty list.
+        solver: as in `solve`.
+        options: as in `solve`.
+        limits: as in `solve`, for each problem.
         workers: how many problems are solved at a time, by threads, or by processes with ``isolate``.
         isolate: run the solver in processes of its own. One that crashes makes a solution of status ``error``; one that
             does not return is killed when it is past its time limit by a fifth and two seconds, and makes one of

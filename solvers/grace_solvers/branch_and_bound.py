@@ -17,7 +17,7 @@ from grace_solvers.exchange import iterated_tabu, nearest, starts
 from grace_solvers.ready import ready
 from grace_solvers.tree import CLOSED, EMPTY, NODES, OPEN, VALUE, Pool, branch, grown, new_pool, push
 
-_CHUNK = 64  # nodes between two looks at the clock
+_CHUNK = 1 << 20  # entries of W between two looks at the clock: 64 nodes of 128 channels, some 5 ms
 _MOST_BYTES = 1 << 30  # of open nodes; beyond, the search goes depth first
 _PRUNE_AT = 1e-3  # of the gap tolerance: a selection that is better by less than that is found all the same, as a rule
 _TABU_ROUNDS = 8
@@ -135,7 +135,7 @@ def _take_apart(
                 core.sizes,
                 core.count,
                 pool,
-                _CHUNK,
+                max(2, _CHUNK // core.k**2),
                 relative,
                 absolute,
                 depth_first,

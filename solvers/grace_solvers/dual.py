@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ _MOST_ITERATIONS = 60
 _WORTHWHILE = 0.1  # stop when the bound can still win less than this part of its distance to the cutoff
 
 
+#: core, cutoff, deadline -> a shift u, float64[k], and the iterations made
+Improve = Callable[[Core, float, float], tuple[FloatArray, int]]
+
+
 class Root(NamedTuple):
     """What is known before branching: what is left to decide, its convex form, a proven bound and a point."""
 
@@ -27,24 +32,27 @@ class Root(NamedTuple):
     linear: FloatArray  #: float64[k], the shift u
     lower_bound: float  #: core value, proven
     x: FloatArray  #: float64[k], the minimum of the relaxation, nearly
-    iterations: int  #: of the interior-point method
+    iterations: int  #: of the method that found u
 
 
-def root(core: Core, cutoff: float, deadline: float = np.inf) -> Root:
-    """Decide nodes by a cheap shift, find the best shift for the rest, decide again, while that pays.
+def root(core: Core, cutoff: float, deadline: float = np.inf, improve: Improve | None = None) -> Root:
+    """Decide nodes by a cheap shift, find a better shift for the rest, decide again, while that pays.
+
+    ``improve`` finds it, by default `best_shift`; no figure of it is trusted (see `convexified`).
 
     Every choice of a core value below ``cutoff`` is still there afterwards. If there is none, the core that returns
     has k = 0, an infinite constant and lower_bound >= cutoff; if there is just one, k = 0 and the constant is its
     value. A badly scaled core comes out well scaled: the cheap shift is relative to the diagonal and decides the
     dominated nodes. O(k^3) an iteration. ``deadline`` is a time.monotonic().
     """
+    improve = improve or best_shift
     shift, iterations = diagonal_shift(core), 0
     lower_bound, x = -np.inf, np.empty(0)
     improving = False
     while core.k:
         before = core.k
         if improving:
-            shift, steps = best_shift(core, cutoff, deadline)
+            shift, steps = improve(core, cutoff, deadline)
             iterations += steps
         Q, shift = convexified(core, shift)
         bound = convex_bound(core, Q, shift, cutoff=cutoff)

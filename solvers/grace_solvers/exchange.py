@@ -67,11 +67,6 @@ def iterated_tabu(
     return Found(best, best_value, made)
 
 
-def improved(core: Core, starts: Sequence[BoolArray], iterations: int, seed: int) -> tuple[BoolArray, float]:
-    y, value, _ = iterated_tabu(core, starts, iterations=iterations, seed=seed)
-    return y, value
-
-
 def _shaken(core: Core, y: BoolArray, rng: np.random.Generator) -> BoolArray:
     """A tenth of the pruned nodes, or of the kept ones if they are fewer, exchanged at random within their size."""
     shaken = y.copy()

@@ -11,6 +11,7 @@ import numpy as np
 
 from grace_opt.problem import BoolArray, FloatArray, IntArray, SubsetProblem
 from grace_opt.solution import Capabilities, Limits, RawResult
+from grace_solvers.independent import SEVERAL_SIZES
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ class GreedySolver:
 
     def supports(self, problem: SubsetProblem) -> bool | str:
         """True, unless tied groups are of several sizes."""
-        if problem.contraction.equal_size() is None:
-            return "its tied groups are of several sizes, and filling an exact count from them needs a search"
-        return True
+        return problem.contraction.equal_size() is not None or SEVERAL_SIZES
 
     def solve(
         self,

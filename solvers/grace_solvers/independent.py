@@ -11,6 +11,9 @@ import numpy as np
 from grace_opt.problem import BoolArray, SubsetProblem
 from grace_opt.solution import Capabilities, Limits, RawResult
 
+#: why a solver that adds node after node does not take a problem
+SEVERAL_SIZES = "its tied groups are of several sizes, and filling an exact count from them needs a search"
+
 
 @dataclass(frozen=True)
 class IndependentSolver:
@@ -25,9 +28,7 @@ class IndependentSolver:
 
     def supports(self, problem: SubsetProblem) -> bool | str:
         """True, unless tied groups are of several sizes."""
-        if problem.contraction.equal_size() is None:
-            return "its tied groups are of several sizes, and filling an exact count from them needs a search"
-        return True
+        return problem.contraction.equal_size() is not None or SEVERAL_SIZES
 
     def solve(
         self,

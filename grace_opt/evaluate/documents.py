@@ -1,0 +1,204 @@
+"""Texts to evaluate on: read documents, hand each out as one passage of tokens."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from grace_opt.errors import InputError
+from grace_opt.packages import short
+from grace_opt.texts import _decoded, read_pieces, token_windows
+
+TOPIC_CHARACTERS = 12_000  # of a joined document of topics: above 2304 tokens
+DATASETS = {"longbench": "Xnhyacinth/LongBench", "ruler": "simonjegou/ruler"}  # hub copies that need no loading script
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and its name. One with ``cut`` may be cut into several passages: it is a text without documents."""
+
+    name: str
+    text: str
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Passages:
+    """``ids``: token ids, ``prefix + scored`` in each; ``names``: where each is from; documents that were too short."""
+
+    ids: list[list[int]]
+    names: list[str]
+    prefix: int
+    scored: int
+    too_short: int
+
+
+def read_documents(source: str | Path | None) -> list[Document]:
+    """The documents of a source.
+
+    ``source`` is a folder (each ``*.txt`` file in it is a document, in the order of their names), a ``.jsonl`` file
+    (a document a line: its field "text", named by "title" or "id"), any other UTF-8 file or "-" for standard input
+    (one text, which may be cut), or None for Python's own documentation. Raises InputError if it cannot be read, is
+    not UTF-8, or holds no document; a bad line of a ``.jsonl`` file is named.
+    """
+    if source is None:
+        return pydoc_documents()
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        if not files:
+            raise InputError(f"{path} holds no .txt file; give a folder of .txt files, a .jsonl file or a text file")
+        return [Document(file.stem, "".join(read_pieces(str(file)))) for file in files]
+    if path.suffix == ".jsonl":
+        documents = []
+        for number, row in _rows(path):
+            name = row.get("title") or row.get("id") or f"{path.stem}:{number}"
+            documents.append(Document(str(name), _field(row, "text", f"line {number} of {path}")))
+        return documents
+    return [Document(path.stem, "".join(read_pieces(str(source))), cut=True)]
+
+
+def pydoc_documents() -> list[Document]:
+    """Python's own documentation: its topics by name, neighbours joined until they are 12,000 characters long.
+
+    About 20 documents; which ones depends on the version of Python.
+    """
+    from pydoc_data.topics import topics
+
+    documents: list[Document] = []
+    names: list[str] = []
+    text = ""
+    for name in sorted(topics):
+        names.append(name)
+        text += f"{topics[name].strip()}\n\n"
+        if len(text) >= TOPIC_CHARACTERS:
+            documents.append(Document(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", text))
+            names, text = [], ""
+    return documents  # what is left over is too short
+
+
+def load_dataset_documents(name: str, split: str, local: Path | None = None) -> list[Document]:
+    """The contexts of ``longbench`` or ``ruler``, each with its question, as documents. Answers are not scored.
+
+    ``split`` is a LongBench task (``narrativeqa``, ``gov_report``, ...), or a RULER length (``4096``) or, in a local
+    copy as RULER's own generator writes it, a task (``niah_single_2``). ``local`` is a ``.jsonl`` file, or a folder
+    with ``SPLIT.jsonl`` or ``SPLIT/validation.jsonl``; without it the dataset comes from the Hugging Face hub, by the
+    package ``datasets``. Raises InputError if the dataset, the package, the hub or a field is missing.
+    """
+    if name not in DATASETS:
+        raise InputError(f"unknown dataset {name!r}; use one of {', '.join(DATASETS)}")
+    rows = _hub_rows(name, split) if local is None else _rows(_local_file(local, split))
+    documents = []
+    for number, row in rows:
+        where = f"row {number} of {name} {split}"
+        # LongBench has context and input, RULER's generator input alone, RULER on the hub context and question.
+        parts = [_field(row, field, where) for field in ("context", "input", "question") if row.get(field)]
+        if not parts:
+            raise InputError(f"{where} has no context and no input; give a copy in the format of {name}")
+        documents.append(Document(str(row.get("_id", f"{split}:{row.get('index', number)}")), "\n\n".join(parts)))
+    return documents
+
+
+def passages(
+    documents: Iterable[Document], tokenizer: Any, prefix: int, scored: int, most: int | None = None
+) -> Passages:
+    """The beginning of every document that is long enough, as ``prefix + scored`` token ids, ``most`` at the most.
+
+    Passages begin with the tokenizer's BOS if it uses one. A document with ``cut`` gives consecutive passages that do
+    not overlap, until ``most`` or its end. Documents after the last one needed are not looked at. Raises InputError if
+    no document is long enough, which also says how long the longest is.
+    """
+    if prefix < 1 or scored < 1 or (most is not None and most < 1):
+        raise InputError(f"prefix, scored tokens and documents must be at least 1, got {prefix}, {scored} and {most}")
+    length = prefix + scored
+    ids: list[list[int]] = []
+    names: list[str] = []
+    too_short = longest = 0
+    for document in documents:
+        if most is not None and len(ids) == most:
+            break
+        wanted = 1 if not document.cut else None if most is None else most - len(ids)
+        found = list(islice(_windows(document, tokenizer, length), wanted))
+        if not found:
+            too_short += 1
+            longest = max(longest, len(tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]))
+        ids += found
+        names += [f"{document.name}:{i}" for i in range(len(found))] if document.cut else [document.name] * len(found)
+    if not ids and not too_short:
+        raise InputError("there is no document to evaluate on; give a folder or file that holds some")
+    if not ids:
+        raise InputError(
+            f"none of {too_short} documents has {length} tokens ({prefix} prefix, {scored} scored), the longest has "
+            f"{longest}; give longer documents or a shorter prefix"
+        )
+    return Passages(ids, names, prefix, scored, too_short)
+
+
+def _windows(document: Document, tokenizer: Any, length: int) -> Iterator[list[int]]:
+    pieces = _decoded(io.StringIO(document.text), document.name)
+    try:
+        # As many tokens as the text could ever give: islice ends it.
+        yield from token_windows(pieces, tokenizer, length * (len(document.text) + 1), length)
+    except InputError:
+        return  # shorter than one window
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The line number and the object of every line of a .jsonl file that is not blank."""
+    lines = "".join(read_pieces(str(path))).removeprefix("\ufeff").split("\n")  # U+2028 may stand in a string
+    empty = True
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"line {number} of {path} is not JSON ({error}); write one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"line {number} of {path} is not a JSON object; write one JSON object a line")
+        empty = False
+        yield number, row
+    if empty:
+        raise InputError(f"{path} holds no document; write one JSON object a line")
+
+
+def _field(row: Mapping[str, Any], field: str, where: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise InputError(f'{where} has no string field "{field}"; every line needs one')
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f'{where} holds half of a surrogate pair in "{field}"; mend its \\u escape') from None
+    return value
+
+
+def _local_file(local: Path, split: str) -> Path:
+    candidates = [local] if not local.is_dir() else [local / f"{split}.jsonl", local / split / "validation.jsonl"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise InputError(f"no such file: {' or '.join(map(str, candidates))}; give a .jsonl file or the folder it lies in")
+
+
+def _hub_rows(name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise InputError(
+            f"{name} needs the package datasets; install it (pip install datasets) or give a local copy"
+        ) from None
+    try:
+        rows = datasets.load_dataset(DATASETS[name], split, split="test")
+    except Exception as error:  # no connection, no such split, a changed repository: almost any type
+        raise InputError(
+            f"cannot load {split} of {name} from the hub: {short(error)}; "
+            "check the split and the connection, or give a local copy"
+        ) from error
+    yield from enumerate(map(dict, rows), start=1)
