@@ -223,3 +223,29 @@ for backend in ("gscip", "cp-sat"):
     assert "OPTIMAL" in told[2]
     assert told[3].startswith("cp-sat (k = ")
     assert "OPTIMAL" in told[3]
+
+
+def test_ctrl_c_is_still_heard_after_native_solvers() -> None:
+    """CP-SAT's own handler would leave the system's behind, which ends the process."""
+    code = """
+import os, signal, time
+import numpy as np
+from grace_opt import SubsetProblem, solve
+rng = np.random.default_rng(0)
+a, b = rng.normal(size=(2, 16, 32))
+problem = SubsetProblem((a.T @ a) * (b.T @ b), 16)
+for name, backend in (("miqp", "gscip"), ("miqp", "cp-sat"), ("sdp", "scs"), ("sdp", "clarabel")):
+    solve(problem, name, options={"backend": backend})
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        print("heard after", backend, flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split("\n")[:4] == [f"heard after {b}" for b in ("gscip", "cp-sat", "scs", "clarabel")], done

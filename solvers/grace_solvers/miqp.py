@@ -202,6 +202,7 @@ def _gscip(
     )
     params.gscip.int_params["constraints/nonlinear/sepafreq"] = 1
     params.gscip.int_params["separating/maxrounds"] = 2
+    params.gscip.bool_params["misc/catchctrlc"] = False
     model_params = mathopt.ModelSolveParameters()
     if hint is not None:
         at = forms @ (hint - z)
@@ -263,6 +264,7 @@ def _cp_sat(
     parameters = solver.parameters
     parameters.num_workers = limits.threads
     parameters.random_seed = limits.seed % 2**31
+    parameters.catch_sigint_signal = False  # it would leave Ctrl-C to the system, which ends the process without a word
     parameters.linearization_level = 2  # the rows of products are worth nothing outside a linear program
     parameters.relative_gap_limit = 0.0
     parameters.absolute_gap_limit = float(np.floor(0.5 * tolerance / unit))
