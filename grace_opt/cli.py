@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import grace_opt
-from grace_opt.config import read_config
+from grace_opt.config import named_options, read_config
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
-    from grace_opt.solution import Limits, Solution
+    from grace_opt.evaluate.run import Run
+    from grace_opt.solution import Solution
 
 app = typer.Typer(
     name="grace-opt",
@@ -212,7 +213,7 @@ def solve(
         records = [solution.record() for solution in solutions]
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         write_text(output / "records.jsonl", lines)
-        write_json(output / "run.json", _provenance(sources, limits, records[0]["versions"]))
+        write_json(output / "run.json", _provenance(sources, limits.seed, records[0]["versions"]))
         return records
 
     with _progress(quiet) as progress:
@@ -281,7 +282,6 @@ def compare(
     """Run several solvers on the same heads; what the folder already has a record of is not run again."""
     sources = _explain(ctx, verbose)
     from grace_opt.compare import compare as run
-    from grace_opt.compare import solver_options
     from grace_opt.solution import Limits
 
     with _progress(quiet) as progress:
@@ -296,7 +296,7 @@ def compare(
 
         comparison = run(
             bundles,
-            solver_options(solver, solver_option or []),
+            named_options("--solver-option", solver, solver_option or []),
             ratio,
             output,
             limits=Limits(time_limit, gap_rel, gap_abs, node_limit, iteration_limit, seed, threads),
@@ -362,6 +362,125 @@ def generate(
             f"{record['new_tokens']} tokens in {record['seconds']:.2f} s; the cache holds {record['tokens']} tokens in "
             f"{record['cache_bytes']:,} bytes, {record['cache_bytes'] / record['full_cache_bytes']:.1%} of a full one"
         )
+
+
+@app.command()
+def evaluate(
+    ctx: typer.Context,
+    model: ModelArgument,
+    method: Annotated[
+        list[str] | None, _option("--method", help="Method name; grace-opt methods lists them; repeatable.")
+    ] = None,
+    ratio: Annotated[
+        list[float] | None, _option("--ratio", help="Fraction of the key channels to prune, in [0, 1); repeatable.")
+    ] = None,
+    value_ratio: Annotated[float, _option("--value-ratio", help="Fraction of the value channels to prune.")] = 0.0,
+    budget_bytes: Annotated[
+        list[float] | None,
+        _option("--budget-bytes", help="Bytes of keys and values an old token may take, in all layers; repeatable."),
+    ] = None,
+    mask: Annotated[
+        list[Path] | None, typer.Option("--mask", help="Mask folder, from grace-opt solve; repeatable.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        _option(
+            "--text", help='Folder of .txt, .jsonl with "text", or one text file; Python\'s documentation if left out.'
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        _option("--dataset", help="longbench:TASK or ruler:LENGTH in place of --text, from the Hugging Face hub."),
+    ] = None,
+    method_option: Annotated[
+        list[str] | None, _option("--method-option", help="NAME.OPTION=VALUE, a field of method NAME; repeatable.")
+    ] = None,
+    prefix: Annotated[
+        int | None, _option("--prefix", help="Tokens of each prompt; 2048, or fewer where the context is shorter.")
+    ] = None,
+    scored: Annotated[int, _option("--scored", help="Tokens after each prompt that are scored.")] = 256,
+    documents: Annotated[int, _option("--documents", help="Documents at the most.")] = 12,
+    prune_generated: Annotated[
+        bool,
+        _option(
+            "--prune-generated/--keep-generated",
+            help="Prune scored tokens as they leave the recent window, or keep them whole as ThinK and GRACE do.",
+        ),
+    ] = False,
+    needle_length: Annotated[
+        list[int] | None, _option("--needle-length", help="Tokens of a needle prompt; repeatable; none if left out.")
+    ] = None,
+    needle_depth: Annotated[
+        list[float] | None, _option("--needle-depth", help="Depth of the needle; repeatable; 0.1, 0.5 and 0.9.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for records.jsonl, run.json and figures.")
+    ] = None,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    config: ConfigOption = None,
+    format: FormatOption = Format.TABLE,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what methods cost in quality: KL and NLL against the uncompressed cache, needles, bytes."""
+    sources = _explain(ctx, verbose)
+    from grace_opt.evaluate.documents import load_dataset_documents, read_documents
+    from grace_opt.evaluate.run import evaluate as run
+    from grace_opt.evaluate.run import prompts
+    from grace_opt.models import load_model
+    from grace_opt.solve import versions_of
+
+    planned = _planned(method or [], method_option or [], ratio or [], value_ratio, budget_bytes or [], mask or [])
+    if dataset is not None and text is not None:
+        raise InputError("--text and --dataset exclude each other; give one of them")
+    if output is not None:
+        _require_writable(output / "records.jsonl")
+    name, _, split = (dataset or "").partition(":")
+    texts = read_documents(text) if dataset is None else load_dataset_documents(name, split)
+    _hush_transformers(quiet)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    chosen, needles = prompts(
+        loaded, tokenizer, texts, prefix, scored, documents, needle_length or [], needle_depth or [0.1, 0.5, 0.9], seed
+    )
+    with _progress(quiet) as progress:
+        task = progress.add_task("evaluate, caches scored", total=None)
+        records = run(
+            loaded,
+            tokenizer,
+            chosen,
+            planned,
+            prune_generated=prune_generated,
+            needles=needles,
+            seed=seed,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    records = [{"model": model, **record} for record in records]
+    if chosen.too_short and not quiet:
+        _say(f"{chosen.too_short} documents have fewer than {chosen.prefix + scored} tokens and were left out")
+    if len(chosen.ids) == 1 and not quiet:
+        _say("one document gives no interval; give more")
+    if output is not None:
+        figures = _write_evaluation(output, records, _provenance(sources, seed, versions_of(("torch", "transformers"))))
+        if not quiet:
+            _say(f"records and {figures} figures written to {output}")
+    if format is Format.JSON:
+        _print_records(records, format)
+        return
+    _print_records([_quality_row(record) for record in records], format)
+
+
+@app.command()
+def methods(format: FormatOption = Format.TABLE) -> None:
+    """List the methods and what each sets."""
+    from dataclasses import asdict
+
+    from grace_opt.methods import METHODS
+
+    records = [{"method": name, **asdict(policy)} for name, policy in METHODS.items()]
+    columns = ["method", "structure", "objective", "value_objective", "solver", "budget", "rounding", "readout"]
+    _print_records(records, format, columns)
 
 
 @app.command()
@@ -487,9 +606,9 @@ def _explain(ctx: typer.Context, verbose: bool) -> dict[str, dict[str, Any]]:
     return resolved
 
 
-def _provenance(options: dict[str, Any], limits: Limits, versions: dict[str, str]) -> dict[str, Any]:
+def _provenance(options: dict[str, Any], seed: int, versions: dict[str, str]) -> dict[str, Any]:
     """What must stand beside numbers for them to be made again."""
-    return {"command": ["grace-opt", *sys.argv[1:]], "options": options, "seed": limits.seed, "versions": versions}
+    return {"command": ["grace-opt", *sys.argv[1:]], "options": options, "seed": seed, "versions": versions}
 
 
 def _hush_transformers(quiet: bool) -> None:
@@ -574,6 +693,63 @@ def _summary_row(row: dict[str, Any]) -> dict[str, Any]:
         "gap to best bound %": percent("reference_gap_mean"),
         "optimal %": percent("optimal_share"),
         "time ms": short(None if row["time"] is None else 1000 * row["time"]),
+    }
+
+
+def _planned(
+    names: list[str],
+    options: list[str],
+    ratios: list[float],
+    value_ratio: float,
+    budget_bytes: list[float],
+    masks: list[Path],
+) -> list[Run]:
+    """What `evaluate` is to measure: every method at every budget, and the masks."""
+    from grace_opt.evaluate.run import mask_run, runs
+    from grace_opt.masks import load_mask
+    from grace_opt.methods import Budget, method
+
+    overrides = named_options("--method-option", names, options)
+    budgets = [Budget(ratio, value_ratio) for ratio in ratios]
+    budgets += [Budget(bytes_per_token=most) for most in budget_bytes]
+    if names and not budgets:
+        raise InputError("a method needs a budget; give --ratio or --budget-bytes")
+    if not names and not masks:
+        raise InputError("there is nothing to evaluate; give --method with --ratio, or --mask")
+    planned = runs({name: method(name, overrides[name]) for name in names}, budgets)
+    return [*planned, *(mask_run(str(folder), load_mask(folder)) for folder in masks)]
+
+
+def _write_evaluation(folder: Path, records: list[dict[str, Any]], provenance: dict[str, Any]) -> int:
+    """records.jsonl, run.json and the figures; returns how many figures."""
+    from grace_opt.evaluate.figures import draw
+    from grace_opt.files import write_json, write_text
+
+    write_text(folder / "records.jsonl", "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    write_json(folder / "run.json", provenance)
+    return len(draw(records, folder))
+
+
+def _quality_row(record: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table of `evaluate`."""
+
+    def shown(interval: dict[str, float | None] | None) -> str:
+        if interval is None:
+            return "-"
+        if interval["low"] is None:
+            return f"{interval['mean']:.4f}"
+        return f"{interval['mean']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
+
+    return {
+        "method": record["method"],
+        "ratio": record["ratio"],
+        "values": record["value_ratio"],
+        "KL/token": shown(record["kl"]),
+        "NLL rise": f"{record['nll']['mean']:+.4f}",
+        "top-1 %": f"{100 * record['top1']:.1f}",
+        "needle": shown(record["needle"]),
+        "bytes/token": f"{record['bytes_per_token']:.0f} of {record['full_bytes_per_token']:.0f}",
+        "documents": record["documents"],
     }
 
 

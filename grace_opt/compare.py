@@ -21,7 +21,7 @@ from grace_opt.errors import InputError
 from grace_opt.files import check_writable, read_json, write_json
 from grace_opt.graphs import GraphBundle, load_bundle
 from grace_opt.problem import SubsetProblem
-from grace_opt.registry import create, nearest
+from grace_opt.registry import create
 from grace_opt.report import Record, grouped, write_report
 from grace_opt.solution import BoundKind, Limit, Limits, RawResult, Solution, Solver, Status, relative_gap
 from grace_opt.solve import checked, options_of, solve_many
@@ -502,20 +502,6 @@ def _earlier_runs(path: Path) -> list[Any]:
 
 def _write_runs(path: Path, runs: Sequence[Any]) -> None:
     write_json(path, {"runs": json.loads(json.dumps(runs, default=str))})
-
-
-def solver_options(names: Iterable[str], pairs: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Solver name -> options, from names and NAME.OPTION=VALUE. Raises InputError."""
-    solvers: dict[str, dict[str, str]] = {name: {} for name in names}
-    for pair in pairs:
-        left, equals, value = pair.partition("=")
-        name, dot, option = left.partition(".")
-        if not (equals and dot and option):
-            raise InputError(f"--solver-option takes NAME.OPTION=VALUE here, got {pair!r}")
-        if name not in solvers:
-            raise InputError(f"--solver-option {pair} is for a solver that is not compared{nearest(name, solvers)}")
-        solvers[name][option] = value
-    return solvers
 
 
 def _by_set(cases: Iterable[Case]) -> list[list[Case]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,18 @@ TABLES: dict[str, tuple[str, ...]] = {
         "protection_at_least",
         "protection_at_most",
     ),
-    "method": ("ratio", "protect"),
+    "method": ("ratio", "protect", "method", "method_option", "value_ratio", "budget_bytes"),
+    "evaluation": (
+        "text",
+        "dataset",
+        "prefix",
+        "scored",
+        "documents",
+        "prune_generated",
+        "needle_length",
+        "needle_depth",
+        "seed",
+    ),
     "solver": (
         "solver",
         "solver_option",
@@ -41,7 +53,7 @@ TABLES: dict[str, tuple[str, ...]] = {
 
 
 # Tables that only one command reads: a mask's window is not set by the table that is about calibration.
-_ONLY = {"calibration": "calibrate", "generation": "generate"}
+_ONLY = {"calibration": "calibrate", "generation": "generate", "evaluation": "evaluate"}
 
 
 def read_config(path: str | Path, command: str) -> dict[str, Any]:
@@ -64,4 +76,18 @@ def read_config(path: str | Path, command: str) -> dict[str, Any]:
                 raise InputError(f"the config file {path} sets {table}.{key}{nearest(key, TABLES[table])}")
             if _ONLY.get(table, command) == command:
                 options[key] = value
+    return options
+
+
+def named_options(flag: str, names: Iterable[str], pairs: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Name -> its options, from names and the NAME.OPTION=VALUE pairs of a flag. Raises InputError."""
+    options: dict[str, dict[str, str]] = {name: {} for name in names}
+    for pair in pairs:
+        left, equals, value = pair.partition("=")
+        name, dot, option = left.partition(".")
+        if not (equals and dot and option):
+            raise InputError(f"{flag} takes NAME.OPTION=VALUE here, got {pair!r}")
+        if name not in options:
+            raise InputError(f"{flag} {pair} is for {name!r}, which is not in this run{nearest(name, options)}")
+        options[name][option] = value
     return options

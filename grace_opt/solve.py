@@ -208,7 +208,7 @@ def _recomputed(problem: SubsetProblem, runner: Solver, limits: Limits, raw: Raw
         threads=limits.threads,
         options=options_of(runner),
         warnings=tuple(warnings),
-        versions=_versions(runner.capabilities.requires),
+        versions=versions_of(runner.capabilities.requires),
         trace=tuple((float(seconds), float(value), float(bound)) for seconds, value, bound in raw.trace),
     )
 
@@ -239,7 +239,7 @@ def _distribution_version(name: str) -> str:
 
 
 @cache
-def _versions(requires: tuple[str, ...]) -> dict[str, str]:
+def versions_of(requires: tuple[str, ...]) -> dict[str, str]:
     """Versions of Python, grace-opt and what the solver stands on."""
     versions = {"python": platform.python_version()}
     for name in ("grace-opt", "numpy", *requires):

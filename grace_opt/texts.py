@@ -30,14 +30,14 @@ def read_pieces(source: str | None) -> Iterator[str]:
         # Python itself would let bytes through that are not UTF-8.
         binary = getattr(sys.stdin, "buffer", None)
         stream = sys.stdin if binary is None else io.TextIOWrapper(binary, encoding="utf-8")
-        yield from _decoded(stream, "standard input")
+        yield from decoded(stream, "standard input")
     else:
         path = Path(source)
         if path.is_dir() or not path.exists():
             raise InputError(f"no such text file: {source}; give a UTF-8 file, or - for standard input")
         try:
             with path.open(encoding="utf-8") as file:
-                yield from _decoded(file, source)
+                yield from decoded(file, source)
         except OSError as error:
             raise InputError(f"cannot read {source}: {error.strerror or error}") from error
 
@@ -48,7 +48,7 @@ def token_windows(pieces: Iterable[str], tokenizer: Any, tokens: int, window: in
     Text is tokenised piece by piece, so a word at the seam of two pieces may be split in another way than in
     one go. Raises InputError if the text is empty or shorter than one window.
     """
-    bos = _bos(tokenizer)
+    bos = bos_of(tokenizer)
     body = window - len(bos)
     if body < 1 or tokens < window:
         raise InputError(f"{tokens} tokens hold no window of {window}; ask for more tokens or a smaller window")
@@ -73,13 +73,13 @@ def token_windows(pieces: Iterable[str], tokenizer: Any, tokens: int, window: in
         )
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def bos_of(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before every text."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _decoded(file: TextIO, name: str) -> Iterator[str]:
+def decoded(file: TextIO, name: str) -> Iterator[str]:
     try:
         yield from _pieces(iter(lambda: file.read(_PIECE), ""))
     except UnicodeDecodeError as error:

@@ -19,7 +19,8 @@ import pytest
 
 import grace_opt.compare
 from grace_opt import BoundKind, GraphBundle, HeadGraph, InputError, Limit, Limits, SubsetProblem, save_bundle
-from grace_opt.compare import compare, shifted_geometric_mean, solver_options, stands, summarise, with_references
+from grace_opt.compare import compare, shifted_geometric_mean, stands, summarise, with_references
+from grace_opt.config import named_options
 from grace_opt.registry import create
 from grace_opt.report import gap_over_time, over_best, own_gap, performance_profile, steps
 from grace_opt.solution import Capabilities, RawResult
@@ -179,7 +180,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_run(small: Path, tmp_path: Pat
         "did you mean 'greedy'": (*good, "--solver", "greddy"),
         "did you mean 'direction'": (*good, "--solver-option", "greedy.directon=best"),
         "takes NAME.OPTION=VALUE here, got 'direction=best'": (*good, "--solver-option", "direction=best"),
-        "not compared; known: greedy": (*good, "--solver-option", "spectral.rank=2"),
+        "not in this run; known: greedy": (*good, "--solver-option", "spectral.rank=2"),
         "at least 0 and below 1, got 1.5": (*good, "--ratio", 1.5),
         "no such file": (*good, tmp_path / "absent"),
         "time_limit must be a finite number": (*good, "--time-limit", -1),
@@ -197,7 +198,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_run(small: Path, tmp_path: Pat
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "run.json").write_text('{"command": []}')
     assert "not of a comparison" in cli(*good, "-o", tmp_path / "m").stderr
-    assert solver_options(["a", "b"], ["b.x=1=2", "b.y=.5"]) == {"a": {}, "b": {"x": "1=2", "y": ".5"}}
+    options = named_options("--solver-option", ["a", "b"], ["b.x=1=2", "b.y=.5"])
+    assert options == {"a": {}, "b": {"x": "1=2", "y": ".5"}}
 
 
 # ---------------------------------------------------------------- running again

@@ -13,7 +13,7 @@ from typing import Any
 
 from grace_opt.errors import InputError
 from grace_opt.packages import short
-from grace_opt.texts import _decoded, read_pieces, token_windows
+from grace_opt.texts import decoded, read_pieces, token_windows
 
 TOPIC_CHARACTERS = 12_000  # of a joined document of topics: above 2304 tokens
 DATASETS = {"longbench": "Xnhyacinth/LongBench", "ruler": "simonjegou/ruler"}  # hub copies that need no loading script
@@ -141,7 +141,7 @@ def passages(
 
 
 def _windows(document: Document, tokenizer: Any, length: int) -> Iterator[list[int]]:
-    pieces = _decoded(io.StringIO(document.text), document.name)
+    pieces = decoded(io.StringIO(document.text), document.name)
     try:
         # As many tokens as the text could ever give: islice ends it.
         yield from token_windows(pieces, tokenizer, length * (len(document.text) + 1), length)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grace_opt.errors import InputError
-from grace_opt.texts import _bos
+from grace_opt.texts import bos_of
 
 # Chosen on SmolLM2-135M-Instruct; a base model completes the last sentence just as well.
 NEEDLE = " The secret number of the vault is {}. Remember it."
@@ -45,7 +45,7 @@ def needle_prompts(
     (seed, length, depth, repeat) only, so a prompt stays the same when others are asked for beside it.
     Raises InputError if a depth is outside [0, 1], a length leaves no room for text, or the haystack is too short.
     """
-    bos, question = _bos(tokenizer), _ids(tokenizer, QUESTION)
+    bos, question = bos_of(tokenizer), _ids(tokenizer, QUESTION)
     prompts = []
     for length in lengths:
         for depth in depths:

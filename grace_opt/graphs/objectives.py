@@ -1,0 +1,105 @@
+"""The objectives that make W: each is a squared error, quadratic in the set of pruned channels (docs/objectives.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grace_opt.errors import InputError
+from grace_opt.graphs.observed import Observed
+
+_BLOCK = 1 << 21  # elements of the largest intermediate of `attention`
+
+
+def logit(seen: Observed) -> Tensor:
+    """Squared error of the logits, float64[H, n, n]: W = (sum over the group of Q'Q) o (K'K), K the prunable keys.
+
+    GRACE (arXiv 2604.16983, eq. 4-6), summed over the query heads of a group: pruning P changes the squared Frobenius
+    norm of Q K' by the sum of W over P x P. Without the softmax scale, as in the paper. O((w + T) n^2) a head.
+    """
+    queries, keys = _double(seen.grouped), _double(seen.keys[:, seen.prunable])
+    return (queries.mT @ queries) * (keys.mT @ keys)
+
+
+def centered(seen: Observed) -> Tensor:
+    """Squared error of the logits less each query's mean error, float64[H, n, n]: `logit` with K less its mean.
+
+    The mean of a query's error over the tokens cancels in the softmax, but for the whole tokens that have none.
+    """
+    keys = _double(seen.keys[:, seen.prunable])
+    queries, keys = _double(seen.grouped), keys - keys.mean(1, keepdim=True)
+    return (queries.mT @ queries) * (keys.mT @ keys)
+
+
+def attention(seen: Observed) -> Tensor:
+    """Divergence of the attention distribution to second order, float64[H, n, n].
+
+    An error e_t in the logits changes the softmax p to p~ with KL(p || p~) = (sum p_t e_t^2 - (sum p_t e_t)^2) / 2 +
+    O(e^3). With e_t = s sum over P of q_i k_ti, s the softmax scale, zero on whole tokens, twice that is the sum over
+    P x P of W_ij = s^2 sum_q q_i q_j (sum_t p_qt k_ti k_tj - (sum_t p_qt k_ti)(sum_t p_qt k_tj)). Each query's term is
+    the Schur product of a rank-one matrix and a covariance, so W is positive semidefinite, to float32's rounding.
+    O(G w T n^2 / 2) a head.
+    """
+    queries, keys, weights = seen.grouped.float(), seen.keys[:, seen.prunable].float(), seen.attention
+    heads, tokens, n = keys.shape
+    W = torch.zeros(heads, n, n, dtype=torch.float64, device=_float64_device(keys))
+    rows, columns = torch.triu_indices(n, n, device=keys.device)
+    block = max(1, _BLOCK // len(rows))
+    for head in range(heads):
+        q, p, transposed = queries[head], weights[head], keys[head].mT.contiguous()
+        second = torch.zeros(len(q), len(rows), device=keys.device)
+        for low in range(0, tokens, block):
+            part = transposed[:, low : low + block]
+            # All products k_i k_j, i <= j, of a block of tokens: one matrix product then weighs them for every query.
+            products = torch.cat([part[i:] * part[i] for i in range(n)])
+            second.addmm_(p[:, low : low + block], products.mT)
+        mean = p @ keys[head]
+        terms = q[:, rows] * q[:, columns] * (second - mean[:, rows] * mean[:, columns])
+        W[head, rows, columns] = W[head, columns, rows] = terms.sum(0, dtype=W.dtype)
+    return seen.scaling**2 * W
+
+
+def norm(seen: Observed) -> Tensor:
+    """Squared norms of the value channels on the diagonal, float64[H, nv, nv]: the scores of plain value pruning."""
+    values = _double(seen.values[:, seen.prunable])
+    return torch.diag_embed(values.square().sum(1))
+
+
+def read(seen: Observed) -> Tensor:
+    """Squared norms of the value channels as attention returns them, on the diagonal, float64[H, nv, nv].
+
+    ThinK's scores for values (arXiv 2407.21018, appendix D): diag of sum_g V'A_g'A_g V, g over the query heads.
+    """
+    returned = _double(torch.matmul(seen.attention, seen.values[:, seen.prunable].float()))
+    return torch.diag_embed(returned.square().sum(1))
+
+
+def output(seen: Observed) -> Tensor:
+    """Squared error of the layer's output, float64[H, nv, nv], for values.
+
+    Pruning value channels P of KV head h takes sum_g A_g V_P (W_g)_P' off the output, g over the group, A_g the
+    attention weights of the observed queries on prunable tokens, W_g the head's slice of the output projection. Without
+    the products of different query heads its squared norm is the sum over P x P of W = sum_g (V'A_g'A_g V) o (W_g'W_g).
+    O(G (w T nv + hidden nv^2)). Raises InputError if the output projection is not known.
+    """
+    if seen.output is None:
+        raise InputError("the output projection of this model's attention was not found; use the norm objective")
+    heads, _, n = seen.values.shape
+    returned = torch.matmul(seen.attention, seen.values[:, seen.prunable].float())
+    returned = _double(returned).view(heads, -1, seen.queries.shape[1], n)
+    slices = _double(seen.output).view(-1, heads, returned.shape[1], n).permute(1, 2, 0, 3)
+    return ((returned.mT @ returned) * (slices.mT @ slices)).sum(1)
+
+
+KEY_OBJECTIVES: dict[str, Callable[[Observed], Tensor]] = {"logit": logit, "centered": centered, "attention": attention}
+VALUE_OBJECTIVES: dict[str, Callable[[Observed], Tensor]] = {"norm": norm, "read": read, "output": output}
+
+
+def _float64_device(tensor: Tensor) -> torch.device:
+    return tensor.device if tensor.device.type != "mps" else torch.device("cpu")  # no float64 there
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.to(_float64_device(tensor), torch.float64)

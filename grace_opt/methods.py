@@ -1,0 +1,334 @@
+"""Methods: named policies that turn what a layer's attention saw into a compressed cache layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from grace_opt.budget import error_curves, shared
+from grace_opt.errors import InputError
+from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES
+from grace_opt.graphs.observed import Observed
+from grace_opt.graphs.protection import Protection, salient_channels
+from grace_opt.headmaps import AXES, KINDS, Compression, HeadMap, Kind, LayerMaps, channel_map, subspace_map
+from grace_opt.masks import KVMask
+from grace_opt.problem import FloatArray, IntArray, SubsetProblem
+from grace_opt.quantise import Bits
+from grace_opt.readout import ReadoutKind, fit, moments
+from grace_opt.registry import nearest
+from grace_opt.solution import Solution
+from grace_opt.solve import solve_many
+
+
+@dataclass(frozen=True)
+class Method:
+    """A policy; `METHODS` has the named ones, and every field can be overridden by its name.
+
+    Attributes:
+        structure: ``channels`` are selected; ``svd`` and ``kq-svd`` store projections of the same width instead (a
+            floor for what a given width can do: no runtime reads them); ``tokens`` drops old tokens whole.
+        objective, value_objective: what a graph measures (`grace_opt.graphs.objectives`).
+        aligned: graphs count the tokens that will be pruned; if not, all of the prompt's, as ThinK's code does.
+        solver: chooses the channels of each head.
+        protection: GRACE's salient key channels, or None.
+        budget: ``uniform``: every head prunes the same; ``shared``: the heads of all layers share a total.
+        rounding: of ratio * n in the uniform budget (GRACE prunes the ceiling, ThinK the floor).
+        floor, align: of the shared budget: each head keeps at least ``floor`` channels and a multiple of ``align``.
+        value_weight: where keys and values share bytes, how much an error of the values counts.
+        readout: how dropped channels are estimated (`grace_opt.readout`), with its ``mixing`` and ``ridge``.
+        key_bits, value_bits: integers of 2, 3, 4 or 8 bits for the kept channels of old tokens, or None.
+        observation_window: queries whose logits or attention count, the last of the prompt; every
+            ``observation_stride``-th of them.
+        recent_window, sinks: tokens that stay whole.
+    """
+
+    structure: Literal["channels", "svd", "kq-svd", "tokens"] = "channels"
+    objective: Literal["logit", "centered", "attention"] = "attention"
+    value_objective: Literal["norm", "read", "output"] = "output"
+    aligned: bool = True
+    solver: str = "greedy"
+    protection: Protection | None = None
+    budget: Literal["uniform", "shared"] = "shared"
+    rounding: Literal["floor", "ceil"] = "floor"
+    floor: int = 4
+    align: int = 1
+    value_weight: float = 1.0
+    readout: ReadoutKind = "attention"
+    mixing: float = 0.05
+    value_mixing: float = 0.3
+    ridge: float = 1e-3
+    key_bits: Bits | None = None
+    value_bits: Bits | None = None
+    observation_window: int = 32
+    observation_stride: int = 1
+    recent_window: int = 32
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("observation_window", "observation_stride", "align"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("floor", "recent_window", "sinks", "ridge", "value_weight"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("mixing", "value_mixing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+
+
+_PLAIN: dict[str, Any] = {"objective": "logit", "aligned": False, "budget": "uniform", "readout": "none"}
+METHODS: dict[str, Method] = {
+    # ThinK (arXiv 2407.21018; its values: appendix D), with sinks, so that all methods keep the same tokens whole.
+    "think": Method(value_objective="read", solver="independent", **_PLAIN),
+    # GRACE (arXiv 2604.16983): MIES after the salient channels are protected, ceil(ratio n) pruned.
+    "grace": Method(value_objective="read", protection=Protection(), rounding="ceil", **_PLAIN),
+    "grace-opt": Method(),
+    "streaming": Method(structure="tokens", readout="none"),
+    "svd": Method(structure="svd", budget="uniform", readout="none"),
+    "kq-svd": Method(structure="kq-svd", budget="uniform", readout="none"),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the cache of old tokens may go: a fraction of the key and of the value channels, or bytes.
+
+    Attributes:
+        ratio, value_ratio: fraction of the key (value) channels to prune, of each head or of the average head.
+        bytes_per_token: in place of the ratios: what an old token may take in all compressed layers together, in keys
+            and values (with its share of the integers' scales; whole tokens and read-outs come on top).
+    """
+
+    ratio: float = 0.0
+    value_ratio: float = 0.0
+    bytes_per_token: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, each in (("ratio", self.ratio), ("value ratio", self.value_ratio)):
+            if not 0 <= each < 1:
+                raise InputError(f"the {name} must be at least 0 and below 1, got {each}")
+
+
+def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
+    """The named method with some fields set. Raises InputError for an unknown name or field, or a wrong value."""
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}{nearest(name, METHODS)}")
+    from pydantic import TypeAdapter, ValidationError
+
+    fields = set(Method.__dataclass_fields__)
+    for key in overrides or {}:
+        if key not in fields:
+            raise InputError(f"method {name!r} has no option {key!r}{nearest(key, fields)}")
+    given = {key: _parsed(key, value) for key, value in (overrides or {}).items()}
+    try:
+        return TypeAdapter(Method).validate_python({**vars(METHODS[name]), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"method {name!r}, option {where!r}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _parsed(key: str, value: Any) -> Any:
+    """An option of the command line: numbers that must be one of a few, and None, are not parsed by pydantic."""
+    if key in ("key_bits", "value_bits", "protection") and isinstance(value, str):
+        return None if value == "none" else int(value) if value.isdigit() else value
+    return value
+
+
+def compress(policy: Method, layers: Mapping[int, Observed], budget: Budget) -> Compression:
+    """Apply a method to a prompt: graphs, budgets, selection and read-outs of all layers.
+
+    Raises InputError for a budget that the floors, or the protected channels, do not allow.
+    """
+    if policy.structure == "tokens":
+        return _streaming(policy, layers, budget)
+    kept = _kept_channels(policy, layers, budget)
+    maps = {
+        i: LayerMaps({kind: read_out(policy, seen, kind, keeps[i]) for kind, keeps in kept.items()})
+        for i, seen in layers.items()
+    }
+    return Compression(maps, policy.recent_window, policy.sinks)
+
+
+def compress_by_mask(policy: Method, layers: Mapping[int, Observed], mask: KVMask) -> Compression:
+    """Apply a mask's channels to a prompt, with the policy's read-out fitted to it. Raises InputError."""
+    maps: dict[int, LayerMaps] = {}
+    for i in sorted({*mask.key_keep, *mask.value_keep}):
+        if i not in layers:
+            raise InputError(f"the mask prunes layer {i}, whose cache this model keeps in a way that cannot be pruned")
+        heads: dict[Kind, list[HeadMap]] = {}
+        for kind, keeps in zip(KINDS, (mask.key_keep, mask.value_keep), strict=True):
+            if i in keeps:
+                heads[kind] = read_out(policy, layers[i], kind, [kept.astype(np.int64) for kept in keeps[i]])
+        maps[i] = LayerMaps(heads)
+    return Compression(maps, mask.recent_window, mask.sinks)
+
+
+def _kept_channels(
+    policy: Method, layers: Mapping[int, Observed], budget: Budget
+) -> dict[Kind, dict[int, list[IntArray]]]:
+    """Kind -> layer -> kept channels int64[d] of each KV head."""
+    problems: dict[Kind, list[SubsetProblem]] = {}
+    for kind in KINDS:
+        if budget.bytes_per_token is not None or _ratio(budget, kind) > 0 or _bits(policy, kind):
+            problems[kind] = [problem for i, seen in layers.items() for problem in _problems(policy, i, seen, kind)]
+    prunes = _prunes(policy, layers, problems, budget)
+    kept: dict[Kind, dict[int, list[IntArray]]] = {}
+    for kind, heads in problems.items():
+        ready = [replace(problem, prune=m) for problem, m in zip(heads, prunes[kind], strict=True)]
+        if policy.structure != "channels":
+            solved = [np.arange(m, problem.n) for problem, m in zip(heads, prunes[kind], strict=True)]
+        else:
+            solved = [_kept(solution) for solution in solve_many(ready, policy.solver)]
+        each = len(heads) // len(layers)
+        kept[kind] = {i: solved[at * each : (at + 1) * each] for at, i in enumerate(layers)}
+    return kept
+
+
+def _problems(policy: Method, layer: int, seen: Observed, kind: Kind) -> list[SubsetProblem]:
+    """The graphs of one layer's KV heads, with nothing to prune yet."""
+    protected: list[Any] = [None] * len(seen.keys)
+    counted = seen if policy.aligned else seen.unaligned
+    if policy.protection is not None and kind == "key":
+        norms = counted.keys[:, counted.prunable].double().square().sum(1).sqrt().cpu().numpy()
+        protected = [salient_channels(head, policy.protection) for head in norms]
+    weights = _weights(policy, counted, kind)
+    return [
+        SubsetProblem(w, 0, p, name=f"layers.{layer}.kv_heads.{h}.{kind}")
+        for h, (w, p) in enumerate(zip(weights, protected, strict=True))
+    ]
+
+
+def _weights(policy: Method, seen: Observed, kind: Kind) -> FloatArray:
+    """W of each KV head, float64[H, n, n]."""
+    name = policy.objective if kind == "key" else policy.value_objective
+    if name not in seen.graphs:
+        objective = KEY_OBJECTIVES[name] if kind == "key" else VALUE_OBJECTIVES[name]
+        seen.graphs[name] = objective(seen).cpu().numpy()
+    return seen.graphs[name]
+
+
+def _prunes(
+    policy: Method, layers: Mapping[int, Observed], problems: Mapping[Kind, list[SubsetProblem]], budget: Budget
+) -> dict[Kind, list[int]]:
+    """How many channels each head prunes."""
+    if policy.budget == "uniform":
+        return {kind: _uniform(policy, layers, kind, heads, budget) for kind, heads in problems.items()}
+    for heads in problems.values():
+        if heads[0].n % policy.align:
+            raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {policy.align}; change align")
+    curves = {kind: _curves(policy, heads, kind, len(layers)) for kind, heads in problems.items()}
+    share = partial(shared, floor=policy.floor, align=policy.align)
+    if budget.bytes_per_token is None:
+        totals = {kind: sum(p.n for p in heads) * _ratio(budget, kind) for kind, heads in problems.items()}
+        return {kind: share(curves[kind], math.floor(total + 1e-9)) for kind, total in totals.items()}
+    costs = {kind: bytes_per_channel(policy, layers, kind) for kind in problems}
+    flat = [(kind, curve) for kind, each in curves.items() for curve in each]
+    pruned = share(
+        [policy.value_weight * curve if kind == "value" else curve for kind, curve in flat],
+        _full_bytes(policy, layers) - budget.bytes_per_token,
+        costs=[costs[kind] for kind, _ in flat],
+    )
+    return {kind: [m for (of, _), m in zip(flat, pruned, strict=True) if of == kind] for kind in problems}
+
+
+def _uniform(
+    policy: Method, layers: Mapping[int, Observed], kind: Kind, problems: Sequence[SubsetProblem], budget: Budget
+) -> list[int]:
+    n, ratio, up = problems[0].n, _ratio(budget, kind), policy.rounding == "ceil"
+    if budget.bytes_per_token is not None:
+        full = _full_bytes(policy, layers)
+        ratio, up = max(0.0, 1 - budget.bytes_per_token / full), True
+    count = math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9)
+    return [min(count, problem.prunable) for problem in problems]
+
+
+def _curves(policy: Method, problems: Sequence[SubsetProblem], kind: Kind, layers: int) -> list[FloatArray]:
+    curves = error_curves(problems)
+    if kind == "value":  # outputs of different layers are of different size, and add to the same residual stream
+        heads = len(problems) // layers
+        sums = [sum(float(p.weights.sum()) for p in problems[i : i + heads]) for i in range(0, len(problems), heads)]
+        curves = [curve / (sums[i // heads] or 1.0) for i, curve in enumerate(curves)]
+    return curves
+
+
+def bytes_per_channel(policy: Method, layers: Mapping[int, Observed], kind: Kind) -> float:
+    """What one channel of an old token takes, with its share of the integers' scales and zeros."""
+    bits = _bits(policy, kind)
+    return next(iter(layers.values())).keys.element_size() if bits is None else (bits + 1) / 8
+
+
+def _full_bytes(policy: Method, layers: Mapping[int, Observed]) -> float:
+    """What an old token takes with no channel pruned."""
+    key, value = (bytes_per_channel(policy, layers, kind) for kind in KINDS)
+    return sum(len(seen.keys) * (key * seen.keys.shape[-1] + value * seen.values.shape[-1]) for seen in layers.values())
+
+
+def _ratio(budget: Budget, kind: Kind) -> float:
+    return budget.ratio if kind == "key" else budget.value_ratio
+
+
+def _bits(policy: Method, kind: Kind) -> Bits | None:
+    return policy.key_bits if kind == "key" else policy.value_bits
+
+
+def _kept(solution: Solution) -> IntArray:
+    if solution.pruned is None:
+        raise InputError(f"{solution.problem} has no solution ({solution.status}: {'; '.join(solution.warnings)})")
+    return np.setdiff1d(np.arange(solution.n), solution.pruned)
+
+
+def read_out(policy: Method, seen: Observed, kind: Kind, keeps: Sequence[IntArray]) -> list[HeadMap]:
+    """The maps of one layer's heads for given kept channels, fitted to its prunable tokens as they will be stored."""
+    tokens = (seen.keys if kind == "key" else seen.values)[:, seen.prunable]
+    n, bits, axis = tokens.shape[-1], _bits(policy, kind), AXES[kind]
+    if policy.structure != "channels":
+        about = moments(tokens, None, 0.0)
+        metrics = [_metric(seen, kind, h) if policy.structure == "kq-svd" else None for h in range(len(tokens))]
+        return [subspace_map(a, len(k), m, tokens.device) for a, k, m in zip(about, keeps, metrics, strict=True)]
+    plain = [channel_map(keep, n, None, tokens.device, bits, axis) for keep in keeps]
+    if policy.readout == "none":
+        return plain
+    if bits is not None:  # the read-out is fitted on what is stored: kept channels as they come back
+        tokens = tokens.clone()
+        for head, each in zip(tokens, plain, strict=True):
+            head[:, each.encode] = each.read(each.store(head))[:, each.encode]
+    weights = seen.token_weights if policy.readout == "attention" else None
+    about = moments(tokens, weights, policy.mixing if kind == "key" else policy.value_mixing)
+    linear = policy.readout != "mean"
+    return [
+        channel_map(keep, n, fit(a, keep, linear=linear, ridge=policy.ridge), tokens.device, bits, axis)
+        for a, keep in zip(about, keeps, strict=True)
+    ]
+
+
+def _metric(seen: Observed, kind: Kind, head: int) -> FloatArray:
+    """What is seen of an error in a token: by the observed queries, or through the output projection."""
+    if kind == "key":
+        rows = seen.grouped[head].double().cpu().numpy()
+    elif seen.output is None:
+        raise InputError("the output projection of this model's attention was not found; use svd for values")
+    else:
+        heads, n = seen.values.shape[0], seen.values.shape[-1]
+        rows = seen.output.double().cpu().numpy().reshape(-1, heads, seen.queries.shape[0] // heads, n)[:, head]
+        rows = rows.reshape(-1, n)
+    metric: FloatArray = rows.T @ rows
+    return metric
+
+
+def _streaming(policy: Method, layers: Mapping[int, Observed], budget: Budget) -> Compression:
+    """Sinks and as many of the last tokens, whole, as take the bytes that pruning would leave (StreamingLLM)."""
+    seen = next(iter(layers.values()))
+    n, nv = seen.keys.shape[-1], seen.values.shape[-1]
+    old = seen.prunable.stop - seen.prunable.start
+    share = ((1 - budget.ratio) * n + (1 - budget.value_ratio) * nv) / (n + nv)
+    if budget.bytes_per_token is not None:
+        share = min(1.0, budget.bytes_per_token / _full_bytes(policy, layers))
+    return Compression(
+        dict.fromkeys(layers, LayerMaps(hidden=True)), policy.recent_window + round(share * old), policy.sinks
+    )

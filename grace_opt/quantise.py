@@ -1,0 +1,151 @@
+"""Key and value channels as packed integers of 2, 3, 4 or 8 bits, with a scale and a zero for each group.
+
+The layout is that of KIVI (Liu et al., 2024, arXiv 2402.02750, section 3): keys in groups of tokens within a channel,
+because outliers of keys sit in few channels; values in groups of channels within a token. It differs in two ways: the
+last group of a row may be shorter (KIVI keeps such tokens whole), and 3 bits take three eighths of a byte.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from grace_opt.errors import InputError
+
+Bits = Literal[2, 3, 4, 8]
+Axis = Literal["channel", "token"]
+
+_LIMIT = 65504.0  # the largest float16
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A tensor [..., T, d] as integers. A row is L = T tokens of a channel (axis ``channel``: R = d rows), or L = d
+    channels of a token (axis ``token``: R = T rows); it has G = ceil(L / group) groups, the last maybe shorter.
+
+    Attributes:
+        codes: uint8[..., R, ceil(L bits / 8)]. Code i of a row is its bits ``i bits`` to ``(i + 1) bits - 1``, counted
+            from the lowest bit of the first byte; what is left of the row's last byte, at most 7 bits, is zero.
+        scale, zero: float16[..., R, G], or bfloat16 for a bfloat16 tensor. An element is zero + scale * code.
+        shape, dtype: of the tensor that was packed.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    bits: Bits
+    axis: Axis
+    group: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros."""
+        return sum(each.numel() * each.element_size() for each in (self.codes, self.scale, self.zero))
+
+    def unpack(self) -> Tensor:
+        """The tensor in its original shape and dtype, contiguous; see `quantise` for the error. O(elements)."""
+        length = self.shape[-2 if self.axis == "channel" else -1]
+        codes = _unpack(self.codes, self.bits, length)
+        scale, zero = (
+            each.float().repeat_interleave(self.group, dim=-1)[..., :length] for each in (self.scale, self.zero)
+        )
+        # The scale is rounded up, so the topmost code of a group may lie just above the largest float16.
+        rows = (zero + scale * codes).clamp(-_LIMIT, _LIMIT).to(self.dtype)
+        return (rows.mT if self.axis == "channel" else rows).contiguous()
+
+
+def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
+    """Asymmetric min-max integers of x [..., T, d], a floating-point tensor on any device. O(elements), vectorised.
+
+    A group's zero is its minimum rounded down to the stored dtype, its scale (maximum - zero) / (2^bits - 1) rounded
+    up, and its codes are made with these two. So all of the group lies within what the codes reach, and no element is
+    clamped by more than rounding: ``unpack`` is off by at most scale / 2, plus 2^-21 of the group's largest magnitude
+    for the arithmetic in float32, plus the rounding to x's dtype. The scale is at most (maximum - minimum + one ulp of
+    the zero) / (2^bits - 1), rounded up. A group of equal elements comes back exactly if float16 (bfloat16 for
+    bfloat16) holds its value, and within scale / 2, a fraction of an ulp of it, if not.
+
+    Raises:
+        InputError: for elements that are not finite or beyond float16's 65504; for a tensor of integers or of fewer
+            than two dimensions; for other bits or axes; for an empty group.
+    """
+    if bits not in get_args(Bits):
+        raise InputError(f"packed integers have 2, 3, 4 or 8 bits, got {bits}")
+    if axis not in get_args(Axis):
+        raise InputError(f"the axis of a quantisation group must be 'channel' or 'token', got {axis!r}")
+    if group < 1:
+        raise InputError(f"a quantisation group needs at least 1 element, got {group}")
+    if x.dim() < 2 or not x.is_floating_point():
+        raise InputError(
+            f"only floating-point tensors [..., tokens, channels] can be quantised, got {x.dtype}{list(x.shape)}"
+        )
+    rows = (x.mT if axis == "channel" else x).float().contiguous()
+    length = rows.shape[-1]
+    count = math.ceil(length / group)
+    # The last group is filled up with its own last element, which changes neither its minimum nor its maximum.
+    filler = rows[..., -1:].expand(*rows.shape[:-1], count * group - length if length else 0)
+    groups = torch.cat([rows, filler], dim=-1).view(*rows.shape[:-1], count, group)
+    low, high = groups.amin(-1), groups.amax(-1)
+    if not bool(((low >= -_LIMIT) & (high <= _LIMIT)).all()):  # false for NaN too
+        raise InputError(
+            "keys or values to quantise are not finite or beyond 65504, which float16 scales cannot reach; leave this "
+            "layer unquantised"
+        )
+    stored = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
+    levels = 2**bits - 1
+    zero = -_round_up(-low, stored)
+    scale = _round_up((high - zero.float()) / levels, stored)
+    # A scale of 0 belongs to a group of elements that all equal its zero: any divisor makes their codes 0.
+    divisor = torch.where(scale > 0, scale.float(), 1.0)[..., None]
+    codes = ((groups - zero.float()[..., None]) / divisor).round_().clamp_(0, levels)
+    return Packed(
+        _pack(codes.flatten(-2)[..., :length].to(torch.uint8), bits), scale, zero, x.shape, x.dtype, bits, axis, group
+    )
+
+
+def bits_per_element(packed: Packed) -> float:
+    """Bits held for an element, scales and zeros included; 0 for an empty tensor."""
+    return 8 * packed.nbytes / max(1, packed.shape.numel())
+
+
+def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, float32, in float16 or bfloat16, never below x. By its bits: torch.nextafter lacks float16 on some devices."""
+    near = x.to(dtype)
+    code = near.view(torch.int16)  # sign and magnitude; -0 is never below x, so no step starts there
+    step = torch.where(code < 0, -1, 1) * (near.float() < x)
+    return (code + step).to(torch.int16).view(dtype)
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """(codes, bytes) of the shortest run of codes that ends at a byte's end: (8, 3) for 3 bits, (4, 1) for 2."""
+    common = math.gcd(bits, 8)
+    return 8 // common, bits // common
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8[..., L] below 2^bits -> uint8[..., ceil(L bits / 8)], contiguous, in a storage of just that size."""
+    per, size = _unit(bits)
+    length = codes.shape[-1]
+    units = math.ceil(length / per)
+    padded = torch.nn.functional.pad(codes, (0, units * per - length)).int().view(*codes.shape[:-1], units, per)
+    words = (padded << bits * torch.arange(per, device=codes.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    split = words[..., None] >> 8 * torch.arange(size, device=codes.device, dtype=torch.int32)
+    packed: Tensor = (split & 255).to(torch.uint8).flatten(-2)
+    return packed[..., : math.ceil(length * bits / 8)].clone(memory_format=torch.contiguous_format)
+
+
+def _unpack(packed: Tensor, bits: int, length: int) -> Tensor:
+    """The inverse of `_pack`: int32[..., length]."""
+    per, size = _unit(bits)
+    units = math.ceil(length / per)
+    missing = units * size - packed.shape[-1]
+    padded = torch.nn.functional.pad(packed, (0, missing)).int().view(*packed.shape[:-1], units, size)
+    words = (padded << 8 * torch.arange(size, device=packed.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    split = words[..., None] >> bits * torch.arange(per, device=packed.device, dtype=torch.int32)
+    codes: Tensor = split & (2**bits - 1)
+    return codes.flatten(-2)[..., :length]

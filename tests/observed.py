@@ -1,0 +1,31 @@
+"""Layers of random queries, keys and values, as attention would have seen them."""
+
+from __future__ import annotations
+
+import torch
+
+from grace_opt.graphs.observed import Observed
+
+LAYERS = {"heads": 2, "group": 3, "window": 5, "tokens": 70, "n": 16, "nv": 12, "hidden": 20}
+
+
+def observed_layers(seed: int, count: int = 3) -> dict[int, Observed]:
+    """``count`` layers of the sizes above; channels differ in size, and layers in how peaked their attention is."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    at = LAYERS
+    return {
+        i: Observed(
+            normal(at["heads"] * at["group"], at["window"], at["n"]) * (1 + i) * normal(at["n"]).exp(),
+            normal(at["heads"], at["tokens"], at["n"]) @ (torch.eye(at["n"]) + 0.3 * normal(at["n"], at["n"])),
+            normal(at["heads"], at["tokens"], at["nv"]),
+            0.25,
+            2,
+            3,
+            normal(at["hidden"], at["heads"] * at["group"] * at["nv"]),
+        )
+        for i in range(count)
+    }
