@@ -42,8 +42,8 @@ class Method:
         value_weight: where keys and values share bytes, how much an error of the values counts.
         readout: how dropped channels are estimated (`grace_opt.readout`), with its ``mixing`` and ``ridge``.
         key_bits, value_bits: integers of 2, 3, 4 or 8 bits for the kept channels of old tokens, or None.
-        observation_window: queries whose logits or attention count, the last of the prompt; every
-            ``observation_stride``-th of them.
+        observation_window: queries whose logits or attention count, the last of the prompt.
+        spans: of those queries, in the `attention` objective (`Observed`).
         recent_window, sinks: tokens that stay whole.
     """
 
@@ -57,7 +57,7 @@ class Method:
     rounding: Literal["floor", "ceil"] = "floor"
     floor: int = 4
     align: int = 1
-    value_weight: float = 1.0
+    value_weight: float = 5.0
     readout: ReadoutKind = "attention"
     mixing: float = 0.05
     value_mixing: float = 0.3
@@ -65,12 +65,12 @@ class Method:
     key_bits: Bits | None = None
     value_bits: Bits | None = None
     observation_window: int = 32
-    observation_stride: int = 1
+    spans: int | None = 2
     recent_window: int = 32
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("observation_window", "observation_stride", "align"):
+        for name in ("observation_window", "align"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("floor", "recent_window", "sinks", "ridge", "value_weight"):
@@ -135,7 +135,7 @@ def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
 
 def _parsed(key: str, value: Any) -> Any:
     """An option of the command line: numbers that must be one of a few, and None, are not parsed by pydantic."""
-    if key in ("key_bits", "value_bits", "protection") and isinstance(value, str):
+    if key in ("key_bits", "value_bits", "protection", "spans") and isinstance(value, str):
         return None if value == "none" else int(value) if value.isdigit() else value
     return value
 
@@ -222,7 +222,8 @@ def _prunes(
     for heads in problems.values():
         if heads[0].n % policy.align:
             raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {policy.align}; change align")
-    curves = {kind: _curves(policy, heads, kind, len(layers)) for kind, heads in problems.items()}
+    queries = next(iter(layers.values())).grouped.shape[1]
+    curves = {kind: _curves(heads, kind, len(layers), queries) for kind, heads in problems.items()}
     share = partial(shared, floor=policy.floor, align=policy.align)
     if budget.bytes_per_token is None:
         totals = {kind: sum(p.n for p in heads) * _ratio(budget, kind) for kind, heads in problems.items()}
@@ -248,13 +249,15 @@ def _uniform(
     return [min(count, problem.prunable) for problem in problems]
 
 
-def _curves(policy: Method, problems: Sequence[SubsetProblem], kind: Kind, layers: int) -> list[FloatArray]:
+def _curves(problems: Sequence[SubsetProblem], kind: Kind, layers: int, queries: int) -> list[FloatArray]:
+    """Error curves on one scale: keys, the mean over observed queries; values, the share of the layer's total."""
     curves = error_curves(problems)
-    if kind == "value":  # outputs of different layers are of different size, and add to the same residual stream
-        heads = len(problems) // layers
-        sums = [sum(float(p.weights.sum()) for p in problems[i : i + heads]) for i in range(0, len(problems), heads)]
-        curves = [curve / (sums[i // heads] or 1.0) for i, curve in enumerate(curves)]
-    return curves
+    if kind == "key":
+        return [curve / queries for curve in curves]
+    # Outputs of different layers are of different size, and add to the same residual stream.
+    heads = len(problems) // layers
+    sums = [sum(float(p.weights.sum()) for p in problems[i : i + heads]) for i in range(0, len(problems), heads)]
+    return [curve / (sums[i // heads] or 1.0) for i, curve in enumerate(curves)]
 
 
 def bytes_per_channel(policy: Method, layers: Mapping[int, Observed], kind: Kind) -> float:

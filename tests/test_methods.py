@@ -79,7 +79,7 @@ def test_think_and_grace_equal_independent_implementations_mask_for_mask(seed: i
 def test_think_and_grace_on_the_real_model(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
     state = prefill(model, real_ids(tokenizer, 400), 390, 32)
-    layers = {i: seen for i, seen in state.observed(32, 1, 32, 4).items() if i in (0, 7, 29)}
+    layers = {i: seen for i, seen in state.observed(32, 32, 4).items() if i in (0, 7, 29)}
     for name, reference in (("think", think_reference), ("grace", grace_reference)):
         ours = kept(compress(METHODS[name], layers, Budget(0.6)))
         assert ours == {i: reference(seen, 0.6) for i, seen in layers.items()}, name
@@ -231,7 +231,7 @@ def real_ids(tokenizer: Any, count: int) -> list[int]:
 def test_bytes_are_what_the_real_cache_would_hold(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
     state: Prefill = prefill(model, real_ids(tokenizer, 410), 400, 32)
-    layers = state.observed(32, 1, 32, 4)
+    layers = state.observed(32, 32, 4)
     full = held_bytes(state, None)
     assert full == 30 * 3 * 2 * 64 * 4
     compression = compress(METHODS["think"], layers, Budget(0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -197,3 +198,23 @@ def test_error_curves_are_those_of_greedy() -> None:
             costs = [problem.objective(chosen | (np.arange(8) == i)) for i in candidates]
             chosen[candidates[int(np.argmin(costs))]] = True
             assert curve[step] == pytest.approx(min(costs))
+
+
+@given(seed=st.integers(0, 10_000), spans=st.integers(1, 6))
+@settings(max_examples=10)
+def test_spans_share_their_mean_attention_and_are_not_below_the_mean_over_pairs(seed: int, spans: int) -> None:
+    seen = replace(observed(seed), spans=spans)
+    x = np.random.default_rng(seed).random(N) < 0.5
+    for kv_head, W in enumerate(attention(seen).numpy()):
+        keys, total, pairs = seen.keys[kv_head, seen.prunable].double().numpy(), 0.0, 0.0
+        for head in range(GROUP):
+            rows = seen.attention[kv_head, head * WINDOW : (head + 1) * WINDOW].double().numpy()
+            for span in range(min(spans, WINDOW)):
+                members = [q for q in range(WINDOW) if q * min(spans, WINDOW) // WINDOW == span]
+                mean = rows[members].mean(0)
+                for q in members:
+                    e = seen.scaling * (keys * x) @ seen.grouped[kv_head, head * WINDOW + q].double().numpy()
+                    total += mean @ e**2 - (mean @ e) ** 2
+                    pairs += np.mean([row @ e**2 - (row @ e) ** 2 for row in rows[members]])
+        assert x @ W @ x == pytest.approx(total, rel=1e-5, abs=1e-9)
+        assert total >= pairs - 1e-9

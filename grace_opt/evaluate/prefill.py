@@ -36,23 +36,24 @@ class Prefill:
     scaling: dict[int, float]
     outputs: dict[int, Tensor | None]
     seconds: float
-    _observed: dict[tuple[int, int, int, int], dict[int, Observed]] = field(default_factory=dict)
+    _observed: dict[tuple[int, int, int, int | None], dict[int, Observed]] = field(default_factory=dict)
 
-    def observed(self, observation_window: int, stride: int, recent_window: int, sinks: int) -> dict[int, Observed]:
+    def observed(
+        self, observation_window: int, recent_window: int, sinks: int, spans: int | None = None
+    ) -> dict[int, Observed]:
         """For `grace_opt.methods.compress`. Raises InputError if the prefix is shorter than its windows."""
-        seen = self._observed.setdefault((observation_window, stride, recent_window, sinks), {})
+        seen = self._observed.setdefault((observation_window, recent_window, sinks, spans), {})
         for layer, queries in () if seen else self.queries.items():
             keys, values = self.past.layers[layer].keys[0], self.past.layers[layer].values[0]
-            last = queries[:, -observation_window:]
             seen[layer] = Observed(
-                last[:, (last.shape[1] - 1) % stride :: stride],
+                queries[:, -observation_window:],
                 keys,
                 values,
                 self.scaling[layer],
                 sinks,
                 recent_window,
                 self.outputs[layer],
-                stride,
+                spans,
             )
         return seen
 

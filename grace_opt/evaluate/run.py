@@ -43,7 +43,7 @@ class Run:
             self.mask.check_model(state.model.config, str(state.model.config.name_or_path))
         windows = self.policy if self.mask is None else self.mask
         observed = state.observed(
-            self.policy.observation_window, self.policy.observation_stride, windows.recent_window, windows.sinks
+            self.policy.observation_window, windows.recent_window, windows.sinks, self.policy.spans
         )
         if self.mask is not None:
             return compress_by_mask(self.policy, observed, self.mask)

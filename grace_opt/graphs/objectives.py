@@ -10,7 +10,7 @@ from torch import Tensor
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import Observed
 
-_BLOCK = 1 << 21  # elements of the largest intermediate of `attention`
+_BLOCK = 1 << 22  # elements of the largest intermediate of `attention`
 
 
 def logit(seen: Observed) -> Tensor:
@@ -38,27 +38,33 @@ def attention(seen: Observed) -> Tensor:
 
     An error e_t in the logits changes the softmax p to p~ with KL(p || p~) = (sum p_t e_t^2 - (sum p_t e_t)^2) / 2 +
     O(e^3). With e_t = s sum over P of q_i k_ti, s the softmax scale, zero on whole tokens, twice that is the sum over
-    P x P of W_ij = s^2 sum_q q_i q_j (sum_t p_qt k_ti k_tj - (sum_t p_qt k_ti)(sum_t p_qt k_tj)). Each query's term is
-    the Schur product of a rank-one matrix and a covariance, so W is positive semidefinite, to float32's rounding.
-    O(G w T n^2 / 2) a head.
+    P x P of W_ij = s^2 sum_q q_i q_j (sum_t p_qt k_ti k_tj - (sum_t p_qt k_ti)(sum_t p_qt k_tj)).
+
+    With ``spans``, consecutive queries of a head share the mean of their attention weights in place of p_q: cheaper,
+    and never below the mean over all pairs of a query and an attention of its span, as a variance is concave in its
+    weights. Each span's term is the Schur product of a Gram matrix and a covariance, so W is positive semidefinite, to
+    float32's rounding. O(G s T n^2) a head with s spans (w without).
     """
-    queries, keys, weights = seen.grouped.float(), seen.keys[:, seen.prunable].float(), seen.attention
-    heads, tokens, n = keys.shape
-    W = torch.zeros(heads, n, n, dtype=torch.float64, device=_float64_device(keys))
-    rows, columns = torch.triu_indices(n, n, device=keys.device)
-    block = max(1, _BLOCK // len(rows))
-    for head in range(heads):
-        q, p, transposed = queries[head], weights[head], keys[head].mT.contiguous()
-        second = torch.zeros(len(q), len(rows), device=keys.device)
-        for low in range(0, tokens, block):
-            part = transposed[:, low : low + block]
-            # All products k_i k_j, i <= j, of a block of tokens: one matrix product then weighs them for every query.
-            products = torch.cat([part[i:] * part[i] for i in range(n)])
-            second.addmm_(p[:, low : low + block], products.mT)
-        mean = p @ keys[head]
-        terms = q[:, rows] * q[:, columns] * (second - mean[:, rows] * mean[:, columns])
-        W[head, rows, columns] = W[head, columns, rows] = terms.sum(0, dtype=W.dtype)
-    return seen.scaling**2 * W
+    heads, width = len(seen.keys), seen.queries.shape[1]
+    keys, tokens = seen.keys[:, seen.prunable].float(), seen.prunable.stop - seen.prunable.start
+    spans = min(seen.spans or width, width)
+    member = (
+        torch.arange(spans, device=keys.device)[:, None] == torch.arange(width, device=keys.device) * spans // width
+    )
+    share = member / member.sum(1, keepdim=True)
+    weights = torch.matmul(share, seen.attention.view(heads, -1, width, tokens)).flatten(1, 2)
+    queries = seen.grouped.float().view(heads, -1, 1, width, keys.shape[-1])
+    grams = ((queries * member[:, :, None]).mT @ queries).flatten(1, 2)
+    W = torch.zeros(grams[:, 0].shape, dtype=torch.float64, device=_float64_device(keys))
+    block = max(1, _BLOCK // keys[0].numel())
+    for head, x in enumerate(keys):
+        transposed = x.mT.contiguous()
+        for low in range(0, len(weights[head]), block):
+            p = weights[head, low : low + block]
+            mean = p @ x
+            covariance = torch.matmul(transposed * p[:, None], x) - mean[:, :, None] * mean[:, None]
+            W[head] += (grams[head, low : low + block] * covariance).sum(0, dtype=W.dtype)
+    return seen.scaling**2 * (W + W.mT) / 2
 
 
 def norm(seen: Observed) -> Tensor:

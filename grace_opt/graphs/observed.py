@@ -16,10 +16,10 @@ from grace_opt.problem import FloatArray
 class Observed:
     """The last queries and all keys and values of one row, post-RoPE, and which tokens a mask would prune.
 
-    queries [Hq, w, n] are those of the last token and of every ``stride``-th before it; keys [H, T, n]; values
-    [H, T, nv]; H divides Hq, and query head g belongs to KV head g // (Hq / H). ``output`` [hidden, Hq nv] is the
-    weight of the output projection. The first ``sinks`` tokens are whole for every query, and the others while they
-    are fewer than ``recent_window`` tokens back.
+    queries [Hq, w, n] are those of the last w tokens; keys [H, T, n]; values [H, T, nv]; H divides Hq, and query head g
+    belongs to KV head g // (Hq / H). ``output`` [hidden, Hq nv] is the weight of the output projection. The first
+    ``sinks`` tokens are whole for every query, and the others while they are fewer than ``recent_window`` tokens back.
+    ``spans``: how many spans the queries are cut into by the `attention` objective; None: a query is a span.
     """
 
     queries: Tensor
@@ -29,7 +29,7 @@ class Observed:
     sinks: int
     recent_window: int
     output: Tensor | None = None
-    stride: int = 1
+    spans: int | None = None
     graphs: dict[str, FloatArray] = field(default_factory=dict)  #: those that were made of it, by objective
 
     def __post_init__(self) -> None:
@@ -67,8 +67,7 @@ class Observed:
         """
         tokens, width = self.keys.shape[1], self.queries.shape[1]
         scores = torch.matmul(self.grouped.float() * self.scaling, self.keys.float().mT)
-        at = torch.arange(tokens - 1 - (width - 1) * self.stride, tokens, self.stride, device=scores.device)
-        at = at.repeat(scores.shape[1] // width)
+        at = torch.arange(tokens - width, tokens, device=scores.device).repeat(scores.shape[1] // width)
         age = at[:, None] - torch.arange(tokens, device=scores.device)
         weights = scores.masked_fill_(age < 0, -torch.inf).softmax(-1)
         return weights.mul_(age >= self.recent_window)[..., self.prunable]
