@@ -1,15 +1,166 @@
-"""Budgets: how many channels each head prunes when they share a total."""
+"""Budgets: how many channels each head prunes."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
 from grace_opt.errors import InputError
+from grace_opt.graphs.bundle import GraphBundle, Kind
 from grace_opt.problem import FloatArray, SubsetProblem
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the cache of old tokens may go: a fraction of the key and of the value channels, or bytes.
+
+    Attributes:
+        ratio, value_ratio: fraction of the key (value) channels to prune, of each head or of the average head.
+        bytes_per_token: in place of the ratios: what an old token may take in all compressed layers together, in keys
+            and values (with its share of the integers' scales; whole tokens and read-outs come on top).
+    """
+
+    ratio: float = 0.0
+    value_ratio: float = 0.0
+    bytes_per_token: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, each in (("ratio", self.ratio), ("value ratio", self.value_ratio)):
+            if not 0 <= each < 1:  # also refuses NaN
+                raise InputError(f"the {name} must be at least 0 and below 1, got {each}")
+        if self.bytes_per_token is not None and not 0 < self.bytes_per_token < math.inf:
+            raise InputError(f"the budget in bytes must be positive, got {self.bytes_per_token}")
+
+    def of(self, kind: Kind) -> float:
+        """The ratio for keys or for values."""
+        return self.ratio if kind == "key" else self.value_ratio
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a budget is shared over heads.
+
+    Attributes:
+        budget: ``uniform``: every head prunes the same; ``shared``: the heads of all layers share a total.
+        rounding: of ratio * n in the uniform budget (GRACE prunes the ceiling, ThinK the floor).
+        floor, align: of the shared budget: each head keeps at least ``floor`` channels and a multiple of ``align``.
+        value_weight: where keys and values share bytes, how much an error of the values counts.
+    """
+
+    budget: Literal["uniform", "shared"] = "shared"
+    rounding: Literal["floor", "ceil"] = "floor"
+    floor: int = 4
+    align: int = 1
+    value_weight: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.align < 1 or self.floor < 0 or not self.value_weight >= 0:
+            raise InputError(
+                f"align must be at least 1, floor and value_weight not negative; got {self.align}, {self.floor} and "
+                f"{self.value_weight}"
+            )
+
+
+def allot(
+    problems: Mapping[Kind, Sequence[SubsetProblem]],
+    budget: Budget,
+    sharing: Sharing,
+    *,
+    queries: int,
+    costs: Mapping[Kind, float],
+    whole: float,
+) -> dict[Kind, list[int]]:
+    """How many channels each head prunes: kind -> one number a problem.
+
+    A kind's problems are all heads of all layers, in order, named as in a graph bundle, with nothing to prune yet.
+    ``queries`` is how many queries W counts for; ``costs`` the bytes of one channel of a token, and ``whole`` those of
+    a token with nothing pruned, for a budget in bytes. Raises InputError for a budget that floors or protection do not
+    allow.
+    """
+    if sharing.budget == "uniform":
+        return {kind: _uniform(heads, budget.of(kind), budget, sharing, whole) for kind, heads in problems.items()}
+    for heads in problems.values():
+        if heads[0].n % sharing.align:
+            raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {sharing.align}; change align")
+    curves = {kind: _comparable(heads, kind, queries) for kind, heads in problems.items()}
+    share = partial(shared, floor=sharing.floor, align=sharing.align)
+    if budget.bytes_per_token is None:
+        totals = {kind: sum(p.n for p in heads) * budget.of(kind) for kind, heads in problems.items()}
+        return {kind: share(curves[kind], math.floor(total + 1e-9)) for kind, total in totals.items()}
+    flat = [(kind, curve) for kind, each in curves.items() for curve in each]
+    pruned = share(
+        [sharing.value_weight * curve if kind == "value" else curve for kind, curve in flat],
+        whole - budget.bytes_per_token,
+        costs=[costs[kind] for kind, _ in flat],
+    )
+    return {kind: [m for (of, _), m in zip(flat, pruned, strict=True) if of == kind] for kind in problems}
+
+
+def problems_of(bundle: GraphBundle, budget: Budget, sharing: Sharing, *, protect: bool = True) -> list[SubsetProblem]:
+    """A problem for each head of a bundle, in its order, that prunes what a budget allots to it.
+
+    A budget in bytes is of a cache of 16-bit numbers. Raises InputError as `allot` does, if a ratio prunes more than is
+    prunable, and for tied channels in any but a uniform ratio.
+    """
+    if sharing.budget == "uniform" and budget.bytes_per_token is None:
+        return bundle.problems(budget.ratio, value_ratio=budget.value_ratio, protect=protect)
+    plain = bundle.problems(0.0, protect=protect)
+    if any(problem.groups is not None for problem in plain):
+        raise InputError("this bundle ties channels in groups, for which only a uniform ratio is supported yet")
+    problems: dict[Kind, list[SubsetProblem]] = {}
+    for head, problem in zip(bundle.heads, plain, strict=True):
+        problems.setdefault(head.kind, []).append(problem)
+    kv_heads = bundle.integer("num_key_value_heads", 1 + max(head.kv_head for head in bundle.heads))
+    group = bundle.integer("num_attention_heads", kv_heads) // kv_heads
+    dims = {"key": bundle.integer("head_dim", plain[0].n)}
+    dims["value"] = bundle.integer("value_head_dim", dims["key"])
+    layers = len({head.layer for head in bundle.heads})
+    prunes = allot(
+        problems,
+        budget,
+        sharing,
+        queries=group * bundle.integer("observation_window", 32),
+        costs={"key": 2.0, "value": 2.0},
+        whole=2.0 * layers * kv_heads * sum(dims.values()),
+    )
+    left = {kind: iter(each) for kind, each in prunes.items()}
+    return [replace(problem, prune=next(left[head.kind])) for head, problem in zip(bundle.heads, plain, strict=True)]
+
+
+def bytes_per_channel(bits: int | None, element_size: int) -> float:
+    """What one channel of an old token takes; of integers, with its share of the 16-bit scales and zeros of 32."""
+    return element_size if bits is None else (bits + 1) / 8
+
+
+def _uniform(
+    problems: Sequence[SubsetProblem], ratio: float, budget: Budget, sharing: Sharing, whole: float
+) -> list[int]:
+    n, up = problems[0].n, sharing.rounding == "ceil"
+    if budget.bytes_per_token is not None:
+        ratio, up = max(0.0, 1 - budget.bytes_per_token / whole), True
+    count = math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9)
+    return [min(count, problem.prunable) for problem in problems]
+
+
+def _comparable(problems: Sequence[SubsetProblem], kind: Kind, queries: int) -> list[FloatArray]:
+    """Error curves on one scale: keys, the mean over observed queries; values, the share of the layer's total."""
+    curves = error_curves(problems)
+    if kind == "key":
+        return [curve / queries for curve in curves]
+    # Outputs of different layers are of different size, and add to the same residual stream.
+    totals: dict[str, float] = defaultdict(float)
+    layers = [problem.name.split(".kv_heads.")[0] for problem in problems]
+    for layer, problem in zip(layers, problems, strict=True):
+        totals[layer] += float(problem.weights.sum())
+    return [curve / (totals[layer] or 1.0) for layer, curve in zip(layers, curves, strict=True)]
 
 
 def shared(

@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 from grace_opt.errors import InputError
 from grace_opt.geometry import config_sha256, text_config
 from grace_opt.graphs import GraphBundle, Protection
-from grace_opt.graphs.logit import LogitGraphs
+from grace_opt.registry import nearest
 from grace_opt.texts import token_windows
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from grace_opt.graphs.sums import GraphSums
+
 ATTENTION = "grace_opt_capture"
+OBJECTIVES = ("logit", "centered", "attention")
+VALUE_OBJECTIVES = ("norm", "read", "output")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Calibration:
         recent_window: the last keys of each window, left out because the cache keeps them whole.
         sinks: the first keys of each window, left out for the same reason.
         protection: the salient channels to protect, or None for none.
+        objective: what the graphs of keys measure: ``logit``, ``centered`` or ``attention`` (with ``spans``).
+        value_objective: what graphs of values measure, ``norm``, ``read`` or ``output``; None for no such graphs.
     """
 
     tokens: int = 4096
@@ -41,9 +47,16 @@ class Calibration:
     recent_window: int = 32
     sinks: int = 4
     protection: Protection | None = field(default_factory=Protection)
+    objective: str = "attention"
+    spans: int | None = 2
+    value_objective: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "window", "observation_window"):
+        for name, known in (("objective", OBJECTIVES), ("value_objective", VALUE_OBJECTIVES)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise InputError(f"unknown {name} {value!r}{nearest(value, known)}")
+        for name in ("tokens", "window", "observation_window", "spans"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
@@ -78,9 +91,9 @@ def calibrate(
     text_name: str = "unnamed",
     progress: Callable[[int, int], None] | None = None,
 ) -> GraphBundle:
-    """The ``logit`` graphs (see `LogitGraphs`) of a model on a text.
+    """The graphs of a model on a text, under the objectives of ``options`` (`grace_opt.graphs.objectives`).
 
-    Queries and keys are taken after RoPE (and after QK norm, where a model has one) by an attention function
+    Queries, keys and values are taken after RoPE (and after QK norm, where a model has one) by an attention function
     registered with transformers; the model's code is not touched and its attention function is set back
     afterwards. Layers with sliding-window attention get no graph: the cache leaves them as they are. The
     language-model head is not run. Memory does not depend on the number of tokens.
@@ -94,14 +107,15 @@ def calibrate(
     """
     import torch
 
+    from grace_opt.graphs.sums import GraphSums
     from grace_opt.runtime.attention import require_attention_interface
 
     options = options or Calibration()
     config = text_config(model.config)
     require_attention_interface(model)
     window = options.window_for(getattr(config, "max_position_embeddings", None))
-    graphs = LogitGraphs(options.observation_window, options.recent_window, options.sinks)
-    capture = _Capture(graphs)
+    graphs = GraphSums(options.objective, options.value_objective)
+    capture = _Capture(graphs, options)
     done = 0
     with torch.inference_mode(), _observed(model, capture):
         for ids in token_windows(pieces, tokenizer, options.tokens, window):
@@ -119,7 +133,7 @@ def calibrate(
     metadata = {
         "model": model_name or str(model.config.name_or_path) or str(config.model_type),
         "config_sha256": config_sha256(model.config),
-        "objective": "logit",
+        "objective": options.objective,
         "stage": "post_rope",
         "text": text_name,
         "tokens": done,
@@ -132,8 +146,13 @@ def calibrate(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
+        "value_head_dim": capture.value_head_dim,
         "softmax_scale": repr(capture.scaling or head_dim**-0.5),
     }
+    if options.objective == "attention" and options.spans is not None:
+        metadata["spans"] = options.spans
+    if options.value_objective is not None:
+        metadata["value_objective"] = options.value_objective
     if options.protection is not None:
         metadata["protection_multiple"] = options.protection.multiple
         metadata["protection_at_least"] = options.protection.at_least
@@ -142,28 +161,44 @@ def calibrate(
 
 
 class _Capture:
-    """What the attention function hands its queries and keys to."""
+    """What the attention function hands its queries, keys and values to."""
 
-    def __init__(self, graphs: LogitGraphs) -> None:
+    def __init__(self, graphs: GraphSums, options: Calibration) -> None:
         self.graphs = graphs
+        self.options = options
         self.sliding_layers: set[int] = set()
         self.geometry = (0, 0, 0)
+        self.value_head_dim = 0
         self.scaling: float | None = None
 
     def __call__(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, scaling: float | None, kwargs: dict[str, Any]
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        kwargs: dict[str, Any],
     ) -> None:
+        from grace_opt.graphs.observed import Observed, output_projection
+
         if kwargs.get("sliding_window") is not None:
             self.sliding_layers.add(module.layer_idx)
             return
-        if query.shape[1] % key.shape[1] or query.shape[-1] != key.shape[-1]:
-            raise InputError(
-                f"layer {module.layer_idx} attends with queries of shape {tuple(query.shape)} to keys of shape "
-                f"{tuple(key.shape)}; only multi-head, grouped-query and multi-query attention are supported"
-            )
+        observed = Observed(
+            query[0, :, -self.options.observation_window :],
+            key[0],
+            value[0],
+            scaling if scaling is not None else key.shape[-1] ** -0.5,
+            self.options.sinks,
+            self.options.recent_window,
+            None if self.options.value_objective is None else output_projection(module, query.shape[1]),
+            self.options.spans,
+        )
         self.geometry = (query.shape[1], key.shape[1], key.shape[-1])
+        self.value_head_dim = value.shape[-1]
         self.scaling = scaling
-        self.graphs.add(module.layer_idx, query, key)
+        self.graphs.add(module.layer_idx, observed)
 
 
 # A context variable, not a module global: two threads may calibrate two models at once.
@@ -184,7 +219,7 @@ def _capturing_attention(
     from grace_opt.runtime.attention import refuse_unsupported
 
     refuse_unsupported(kwargs)
-    _capture.get()(module, query, key, scaling, kwargs)
+    _capture.get()(module, query, key, value, scaling, kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

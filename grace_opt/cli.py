@@ -21,6 +21,8 @@ from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
     from grace_opt.evaluate.run import Run
+    from grace_opt.graphs import GraphBundle
+    from grace_opt.problem import SubsetProblem
     from grace_opt.solution import Solution
 
 app = typer.Typer(
@@ -106,6 +108,13 @@ def calibrate(
     ] = 32,
     recent_window: Annotated[int, _option("--recent-window", help="Last keys of a window, whole in the cache.")] = 32,
     sinks: Annotated[int, _option("--sinks", help="First keys of a window, whole in the cache.")] = 4,
+    objective: Annotated[
+        str, _option("--objective", help="What graphs of keys measure: logit, centered or attention.")
+    ] = "attention",
+    value_objective: Annotated[
+        str | None,
+        _option("--value-objective", help="Also make graphs of values: norm, read or output; none if left out."),
+    ] = None,
     protection_multiple: Annotated[
         float, _option("--protection-multiple", help="Salient: key norm above mean + this many standard deviations.")
     ] = 1.0,
@@ -136,6 +145,8 @@ def calibrate(
         recent_window=recent_window,
         sinks=sinks,
         protection=Protection(protection_multiple, protection_at_least, protection_at_most),
+        objective=objective,
+        value_objective=value_objective,
     )
     _require_writable(output)
     _hush_transformers(quiet)
@@ -165,7 +176,28 @@ def solve(
     ctx: typer.Context,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Graph bundle, from grace-opt calibrate.")],
     output: OutputFolder,
-    ratio: RatioOption,
+    ratio: Annotated[
+        float | None, _option("--ratio", help="Fraction of the channels to prune, of each or of the average head.")
+    ] = None,
+    value_ratio: Annotated[
+        float | None, _option("--value-ratio", help="The same for values, if the bundle has their graphs; as --ratio.")
+    ] = None,
+    budget_bytes: Annotated[
+        float | None,
+        _option(
+            "--budget-bytes",
+            help="In place of ratios: bytes that an old token's keys and values may take in all layers, at 16 bits.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str, _option("--budget", help="uniform: each head prunes the same; shared: the heads share a total.")
+    ] = "uniform",
+    floor: Annotated[int, _option("--floor", help="Channels that each head keeps at least, in a shared budget.")] = 4,
+    align: Annotated[int, _option("--align", help="Of which each head keeps a multiple, in a shared budget.")] = 1,
+    readout: Annotated[
+        str,
+        _option("--readout", help="Estimate dropped channels: none, prefill (fitted to each prompt) or static."),
+    ] = "none",
     solver: SolverOption = "auto",
     solver_option: Annotated[
         list[str] | None, _option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")
@@ -199,13 +231,18 @@ def solve(
     from grace_opt.files import write_json, write_text
     from grace_opt.graphs import load_bundle
     from grace_opt.masks import mask_from_solutions, save_mask
+    from grace_opt.readout import SCOPES
     from grace_opt.registry import create
     from grace_opt.solution import Limits
 
     limits = Limits(time_limit, gap_rel, gap_abs, node_limit, iteration_limit, seed, threads)
     runner = create(solver, _key_values(solver_option or []))
     graphs = load_bundle(bundle)
-    problems = graphs.problems(ratio, protect=protect)
+    problems = _allotted(
+        graphs, ratio, value_ratio, budget_bytes, {"budget": budget, "floor": floor, "align": align}, protect
+    )
+    if readout not in SCOPES:
+        raise InputError(f"the read-out must be one of {', '.join(SCOPES)}, got {readout!r}")
     _require_writable(output / "kv_mask.json")
     finished: list[Solution] = []
 
@@ -235,7 +272,7 @@ def solve(
                     f"{len(finished)} of {len(problems)} heads were finished; their records are in {output}, no mask is"
                 )
             raise
-    mask = mask_from_solutions(graphs, solutions, recent_window=recent_window, sinks=sinks)
+    mask = mask_from_solutions(graphs, solutions, recent_window=recent_window, sinks=sinks, readout=readout)
     save_mask(mask, output)
     records = write_records(solutions)
     if format is Format.JSON:
@@ -696,6 +733,28 @@ def _summary_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _allotted(
+    graphs: GraphBundle,
+    ratio: float | None,
+    value_ratio: float | None,
+    budget_bytes: float | None,
+    sharing: dict[str, Any],
+    protect: bool,
+) -> list[SubsetProblem]:
+    """The problems of a bundle under the budget that was asked for."""
+    from grace_opt.budget import Budget, Sharing, problems_of
+
+    if sharing["budget"] not in ("uniform", "shared"):
+        raise InputError(f"the budget must be uniform or shared, got {sharing['budget']!r}")
+    if (ratio is None) == (budget_bytes is None):
+        raise InputError("give either --ratio or --budget-bytes")
+    if ratio is None:
+        asked = Budget(bytes_per_token=budget_bytes)
+    else:
+        asked = Budget(ratio, ratio if value_ratio is None else value_ratio)
+    return problems_of(graphs, asked, Sharing(**sharing), protect=protect)
+
+
 def _planned(
     names: list[str],
     options: list[str],
@@ -705,9 +764,10 @@ def _planned(
     masks: list[Path],
 ) -> list[Run]:
     """What `evaluate` is to measure: every method at every budget, and the masks."""
+    from grace_opt.budget import Budget
     from grace_opt.evaluate.run import mask_run, runs
     from grace_opt.masks import load_mask
-    from grace_opt.methods import Budget, method
+    from grace_opt.methods import method
 
     overrides = named_options("--method-option", names, options)
     budgets = [Budget(ratio, value_ratio) for ratio in ratios]

@@ -20,11 +20,16 @@ TABLES: dict[str, tuple[str, ...]] = {
         "observation_window",
         "recent_window",
         "sinks",
+        "objective",
+        "value_objective",
         "protection_multiple",
         "protection_at_least",
         "protection_at_most",
     ),
-    "method": ("ratio", "protect", "method", "method_option", "value_ratio", "budget_bytes"),
+    "method": (
+        *("ratio", "value_ratio", "budget_bytes", "budget", "floor", "align", "readout", "protect"),
+        *("method", "method_option"),
+    ),
     "evaluation": (
         "text",
         "dataset",

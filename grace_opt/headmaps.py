@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from grace_opt.graphs.bundle import Kind
 from grace_opt.problem import FloatArray, IntArray
 from grace_opt.quantise import Axis, Bits, Packed, quantise
 from grace_opt.readout import Moments, Readout
 
-Kind = Literal["key", "value"]
 KINDS: tuple[Kind, Kind] = ("key", "value")
 AXES: dict[Kind, Axis] = {"key": "channel", "value": "token"}  # of the integers' scales, as KIVI (arXiv 2402.02750)
 

@@ -17,6 +17,7 @@ from grace_opt.errors import InputError
 from grace_opt.files import read_json, read_safetensors, replacing, write_safetensors
 from grace_opt.geometry import config_sha256, head_dim, text_config
 from grace_opt.graphs.bundle import GraphBundle
+from grace_opt.readout import MIXING, SCOPES, Readout, bundle_moments, fit
 from grace_opt.solution import Solution
 
 FORMAT, VERSION = "kv-channel-mask", 1
@@ -68,7 +69,7 @@ class KVMask:
                 raise InputError(f"the mask's {name} must not be negative, got {getattr(self, name)}")
         if self.prefill not in ("full", "pruned"):
             raise InputError(f"the mask's prefill policy must be 'full' or 'pruned', got {self.prefill!r}")
-        if self.readout_scope not in ("none", "static", "prefill"):
+        if self.readout_scope not in SCOPES:
             raise InputError(f"the read-out scope must be none, static or prefill, got {self.readout_scope!r}")
         for kind, keeps in (("key", self.key_keep), ("value", self.value_keep)):
             for layer, keep in keeps.items():
@@ -105,6 +106,15 @@ class KVMask:
         if dim is not None and dim != self.head_dim:
             raise InputError(f"{wrong}: it is for keys of {self.head_dim} channels, and these have {dim}")
 
+    def static_readout(self, kind: str, layer: int, kv_head: int) -> Readout:
+        """The static read-out of a head. Raises InputError if the mask has none, or one of another shape."""
+        name = _readout_name(kind, layer, kv_head)
+        keep = (self.key_keep if kind == "key" else self.value_keep)[layer][kv_head]
+        matrix, constant = self.extra.get(f"{name}.matrix"), self.extra.get(f"{name}.constant")
+        if matrix is None or constant is None or matrix.shape != (len(constant), len(keep)):
+            raise InputError(f"the mask's static read-out {name} is missing or does not fit its channels; solve again")
+        return Readout(constant.astype(np.float64), matrix.astype(np.float64))
+
     def keep_matrix(self, kind: str = "key") -> NDArray[np.bool_]:
         """bool[layers, KV heads, head_dim]: True where a channel is kept; absent layers are all True."""
         keeps = self.key_keep if kind == "key" else self.value_keep
@@ -122,11 +132,13 @@ def mask_from_solutions(
     *,
     recent_window: int | None = None,
     sinks: int | None = None,
+    readout: str = "none",
 ) -> KVMask:
     """The mask of a solved bundle (its heads and the solutions in the same order).
 
-    ``recent_window`` and ``sinks`` default to those that the graphs were made with. A layer of which the bundle
-    holds only some KV heads, or a head without a solution, raises InputError.
+    ``recent_window`` and ``sinks`` default to those that the graphs were made with. ``readout`` is the scope of the
+    read-out: ``none``, ``prefill`` (to be fitted to each prompt) or ``static`` (fitted now to the bundle's moments). A
+    layer of which the bundle holds only some KV heads, or a head without a solution, raises InputError.
     """
     keeps: dict[str, dict[int, dict[int, NDArray[np.int32]]]] = {"key": {}, "value": {}}
     for head, solution in zip(bundle.heads, solutions, strict=True):
@@ -136,6 +148,7 @@ def mask_from_solutions(
         keeps[head.kind].setdefault(head.layer, {})[head.kv_head] = kept
     heads = bundle.integer("num_key_value_heads", 1 + max(head.kv_head for head in bundle.heads))
     dims = {len(head.weights) for head in bundle.heads}
+    extra = _static_readouts(bundle, keeps) if readout == "static" else {}
     if len(dims) > 1:
         raise InputError(f"the bundle's heads have {sorted(dims)} channels; a mask needs them all of one size")
     for kind, layers in keeps.items():
@@ -159,6 +172,8 @@ def mask_from_solutions(
         softmax_scale=float(about["softmax_scale"]) if "softmax_scale" in about else None,
         recent_window=bundle.integer("recent_window", 32) if recent_window is None else recent_window,
         sinks=bundle.integer("sinks", 4) if sinks is None else sinks,
+        readout_scope=readout,
+        extra=extra,
         calibration=about,
         solver={
             "name": first.solver,
@@ -169,6 +184,26 @@ def mask_from_solutions(
             "bound_kinds": sorted({solution.bound_kind.value for solution in solutions}),
         },
     )
+
+
+def _static_readouts(
+    bundle: GraphBundle, keeps: Mapping[str, Mapping[int, Mapping[int, NDArray[np.int32]]]]
+) -> dict[str, np.ndarray]:
+    """Tensors of read-outs fitted to the bundle: matrix float32[n - d, d] and constant float32[n - d] of each head."""
+    tokens = bundle.integer("window", 0) - bundle.integer("sinks", 0) - bundle.integer("recent_window", 0)
+    if tokens < 1:
+        raise InputError("the bundle does not say how many tokens its windows have; calibrate again")
+    tensors = {}
+    for head in bundle.heads:
+        about = bundle_moments(head, tokens, MIXING[head.kind])
+        each = fit(about, keeps[head.kind][head.layer][head.kv_head])
+        tensors[f"{_readout_name(head.kind, head.layer, head.kv_head)}.matrix"] = each.matrix.astype(np.float32)
+        tensors[f"{_readout_name(head.kind, head.layer, head.kv_head)}.constant"] = each.constant.astype(np.float32)
+    return tensors
+
+
+def _readout_name(kind: str, layer: int, kv_head: int) -> str:
+    return f"layers.{layer}.{kind[0]}.kv_heads.{kv_head}.readout"
 
 
 def save_mask(mask: KVMask, folder: str | Path) -> None:

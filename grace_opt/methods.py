@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from grace_opt.budget import error_curves, shared
+from grace_opt.budget import Budget, Sharing, allot, bytes_per_channel
 from grace_opt.errors import InputError
+from grace_opt.graphs.bundle import Kind
 from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES
 from grace_opt.graphs.observed import Observed
 from grace_opt.graphs.protection import Protection, salient_channels
-from grace_opt.headmaps import AXES, KINDS, Compression, HeadMap, Kind, LayerMaps, channel_map, subspace_map
+from grace_opt.headmaps import AXES, KINDS, Compression, HeadMap, LayerMaps, channel_map, subspace_map
 from grace_opt.masks import KVMask
 from grace_opt.problem import FloatArray, IntArray, SubsetProblem
 from grace_opt.quantise import Bits
-from grace_opt.readout import ReadoutKind, fit, moments
+from grace_opt.readout import MIXING, ReadoutKind, fit, moments
 from grace_opt.registry import nearest
 from grace_opt.solution import Solution
 from grace_opt.solve import solve_many
 
 
 @dataclass(frozen=True)
-class Method:
-    """A policy; `METHODS` has the named ones, and every field can be overridden by its name.
+class Method(Sharing):
+    """A policy; `METHODS` has the named ones, and every field, those of `Sharing` too, can be overridden by its name.
 
     Attributes:
         structure: ``channels`` are selected; ``svd`` and ``kq-svd`` store projections of the same width instead (a
@@ -36,10 +35,6 @@ class Method:
         aligned: graphs count the tokens that will be pruned; if not, all of the prompt's, as ThinK's code does.
         solver: chooses the channels of each head.
         protection: GRACE's salient key channels, or None.
-        budget: ``uniform``: every head prunes the same; ``shared``: the heads of all layers share a total.
-        rounding: of ratio * n in the uniform budget (GRACE prunes the ceiling, ThinK the floor).
-        floor, align: of the shared budget: each head keeps at least ``floor`` channels and a multiple of ``align``.
-        value_weight: where keys and values share bytes, how much an error of the values counts.
         readout: how dropped channels are estimated (`grace_opt.readout`), with its ``mixing`` and ``ridge``.
         key_bits, value_bits: integers of 2, 3, 4 or 8 bits for the kept channels of old tokens, or None.
         observation_window: queries whose logits or attention count, the last of the prompt.
@@ -53,14 +48,9 @@ class Method:
     aligned: bool = True
     solver: str = "greedy"
     protection: Protection | None = None
-    budget: Literal["uniform", "shared"] = "shared"
-    rounding: Literal["floor", "ceil"] = "floor"
-    floor: int = 4
-    align: int = 1
-    value_weight: float = 5.0
     readout: ReadoutKind = "attention"
-    mixing: float = 0.05
-    value_mixing: float = 0.3
+    mixing: float = MIXING["key"]
+    value_mixing: float = MIXING["value"]
     ridge: float = 1e-3
     key_bits: Bits | None = None
     value_bits: Bits | None = None
@@ -70,10 +60,10 @@ class Method:
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("observation_window", "align"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("floor", "recent_window", "sinks", "ridge", "value_weight"):
+        super().__post_init__()
+        if self.observation_window < 1:
+            raise InputError(f"observation_window must be at least 1, got {self.observation_window}")
+        for name in ("recent_window", "sinks", "ridge"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("mixing", "value_mixing"):
@@ -92,26 +82,6 @@ METHODS: dict[str, Method] = {
     "svd": Method(structure="svd", budget="uniform", readout="none"),
     "kq-svd": Method(structure="kq-svd", budget="uniform", readout="none"),
 }
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of the cache of old tokens may go: a fraction of the key and of the value channels, or bytes.
-
-    Attributes:
-        ratio, value_ratio: fraction of the key (value) channels to prune, of each head or of the average head.
-        bytes_per_token: in place of the ratios: what an old token may take in all compressed layers together, in keys
-            and values (with its share of the integers' scales; whole tokens and read-outs come on top).
-    """
-
-    ratio: float = 0.0
-    value_ratio: float = 0.0
-    bytes_per_token: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, each in (("ratio", self.ratio), ("value ratio", self.value_ratio)):
-            if not 0 <= each < 1:
-                raise InputError(f"the {name} must be at least 0 and below 1, got {each}")
 
 
 def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
@@ -156,15 +126,22 @@ def compress(policy: Method, layers: Mapping[int, Observed], budget: Budget) -> 
 
 
 def compress_by_mask(policy: Method, layers: Mapping[int, Observed], mask: KVMask) -> Compression:
-    """Apply a mask's channels to a prompt, with the policy's read-out fitted to it. Raises InputError."""
+    """Apply a mask's channels to a prompt, with its static read-out or the policy's fitted to it. Raises InputError."""
     maps: dict[int, LayerMaps] = {}
     for i in sorted({*mask.key_keep, *mask.value_keep}):
         if i not in layers:
             raise InputError(f"the mask prunes layer {i}, whose cache this model keeps in a way that cannot be pruned")
         heads: dict[Kind, list[HeadMap]] = {}
         for kind, keeps in zip(KINDS, (mask.key_keep, mask.value_keep), strict=True):
-            if i in keeps:
-                heads[kind] = read_out(policy, layers[i], kind, [kept.astype(np.int64) for kept in keeps[i]])
+            kept = [each.astype(np.int64) for each in keeps.get(i, ())]
+            if kept and mask.readout_scope == "static":
+                x = layers[i].keys if kind == "key" else layers[i].values
+                readouts = [mask.static_readout(kind, i, head) for head in range(len(kept))]
+                heads[kind] = [
+                    channel_map(keep, x.shape[-1], each, x.device) for keep, each in zip(kept, readouts, strict=True)
+                ]
+            elif kept:
+                heads[kind] = read_out(policy, layers[i], kind, kept)
         maps[i] = LayerMaps(heads)
     return Compression(maps, mask.recent_window, mask.sinks)
 
@@ -174,10 +151,14 @@ def _kept_channels(
 ) -> dict[Kind, dict[int, list[IntArray]]]:
     """Kind -> layer -> kept channels int64[d] of each KV head."""
     problems: dict[Kind, list[SubsetProblem]] = {}
+    seen = next(iter(layers.values()))
     for kind in KINDS:
-        if budget.bytes_per_token is not None or _ratio(budget, kind) > 0 or _bits(policy, kind):
-            problems[kind] = [problem for i, seen in layers.items() for problem in _problems(policy, i, seen, kind)]
-    prunes = _prunes(policy, layers, problems, budget)
+        if budget.bytes_per_token is not None or budget.of(kind) > 0 or _bits(policy, kind):
+            problems[kind] = [problem for i, each in layers.items() for problem in _problems(policy, i, each, kind)]
+    costs = {kind: bytes_per_channel(_bits(policy, kind), seen.keys.element_size()) for kind in KINDS}
+    heads_of = {"key": seen.keys, "value": seen.values}
+    whole = sum(len(each.keys) * costs[kind] * heads_of[kind].shape[-1] for kind in KINDS for each in layers.values())
+    prunes = allot(problems, budget, policy, queries=seen.grouped.shape[1], costs=costs, whole=whole)
     kept: dict[Kind, dict[int, list[IntArray]]] = {}
     for kind, heads in problems.items():
         ready = [replace(problem, prune=m) for problem, m in zip(heads, prunes[kind], strict=True)]
@@ -211,69 +192,6 @@ def _weights(policy: Method, seen: Observed, kind: Kind) -> FloatArray:
         objective = KEY_OBJECTIVES[name] if kind == "key" else VALUE_OBJECTIVES[name]
         seen.graphs[name] = objective(seen).cpu().numpy()
     return seen.graphs[name]
-
-
-def _prunes(
-    policy: Method, layers: Mapping[int, Observed], problems: Mapping[Kind, list[SubsetProblem]], budget: Budget
-) -> dict[Kind, list[int]]:
-    """How many channels each head prunes."""
-    if policy.budget == "uniform":
-        return {kind: _uniform(policy, layers, kind, heads, budget) for kind, heads in problems.items()}
-    for heads in problems.values():
-        if heads[0].n % policy.align:
-            raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {policy.align}; change align")
-    queries = next(iter(layers.values())).grouped.shape[1]
-    curves = {kind: _curves(heads, kind, len(layers), queries) for kind, heads in problems.items()}
-    share = partial(shared, floor=policy.floor, align=policy.align)
-    if budget.bytes_per_token is None:
-        totals = {kind: sum(p.n for p in heads) * _ratio(budget, kind) for kind, heads in problems.items()}
-        return {kind: share(curves[kind], math.floor(total + 1e-9)) for kind, total in totals.items()}
-    costs = {kind: bytes_per_channel(policy, layers, kind) for kind in problems}
-    flat = [(kind, curve) for kind, each in curves.items() for curve in each]
-    pruned = share(
-        [policy.value_weight * curve if kind == "value" else curve for kind, curve in flat],
-        _full_bytes(policy, layers) - budget.bytes_per_token,
-        costs=[costs[kind] for kind, _ in flat],
-    )
-    return {kind: [m for (of, _), m in zip(flat, pruned, strict=True) if of == kind] for kind in problems}
-
-
-def _uniform(
-    policy: Method, layers: Mapping[int, Observed], kind: Kind, problems: Sequence[SubsetProblem], budget: Budget
-) -> list[int]:
-    n, ratio, up = problems[0].n, _ratio(budget, kind), policy.rounding == "ceil"
-    if budget.bytes_per_token is not None:
-        full = _full_bytes(policy, layers)
-        ratio, up = max(0.0, 1 - budget.bytes_per_token / full), True
-    count = math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9)
-    return [min(count, problem.prunable) for problem in problems]
-
-
-def _curves(problems: Sequence[SubsetProblem], kind: Kind, layers: int, queries: int) -> list[FloatArray]:
-    """Error curves on one scale: keys, the mean over observed queries; values, the share of the layer's total."""
-    curves = error_curves(problems)
-    if kind == "key":
-        return [curve / queries for curve in curves]
-    # Outputs of different layers are of different size, and add to the same residual stream.
-    heads = len(problems) // layers
-    sums = [sum(float(p.weights.sum()) for p in problems[i : i + heads]) for i in range(0, len(problems), heads)]
-    return [curve / (sums[i // heads] or 1.0) for i, curve in enumerate(curves)]
-
-
-def bytes_per_channel(policy: Method, layers: Mapping[int, Observed], kind: Kind) -> float:
-    """What one channel of an old token takes, with its share of the integers' scales and zeros."""
-    bits = _bits(policy, kind)
-    return next(iter(layers.values())).keys.element_size() if bits is None else (bits + 1) / 8
-
-
-def _full_bytes(policy: Method, layers: Mapping[int, Observed]) -> float:
-    """What an old token takes with no channel pruned."""
-    key, value = (bytes_per_channel(policy, layers, kind) for kind in KINDS)
-    return sum(len(seen.keys) * (key * seen.keys.shape[-1] + value * seen.values.shape[-1]) for seen in layers.values())
-
-
-def _ratio(budget: Budget, kind: Kind) -> float:
-    return budget.ratio if kind == "key" else budget.value_ratio
 
 
 def _bits(policy: Method, kind: Kind) -> Bits | None:
@@ -331,7 +249,8 @@ def _streaming(policy: Method, layers: Mapping[int, Observed], budget: Budget) -
     old = seen.prunable.stop - seen.prunable.start
     share = ((1 - budget.ratio) * n + (1 - budget.value_ratio) * nv) / (n + nv)
     if budget.bytes_per_token is not None:
-        share = min(1.0, budget.bytes_per_token / _full_bytes(policy, layers))
+        element = seen.keys.element_size()
+        share = min(1.0, budget.bytes_per_token / sum(len(each.keys) * element * (n + nv) for each in layers.values()))
     return Compression(
         dict.fromkeys(layers, LayerMaps(hidden=True)), policy.recent_window + round(share * old), policy.sinks
     )

@@ -7,14 +7,19 @@ is stored for a token; the estimate folds into the query (keys) or into what att
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from grace_opt.errors import InputError
+from grace_opt.graphs.bundle import HeadGraph
 from grace_opt.problem import FloatArray
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCOPES = ("none", "prefill", "static")
+MIXING = {"key": 0.05, "value": 0.3}  # of equal weights into attention's, as measured (docs/results/quality.md)
 ReadoutKind = Literal["none", "mean", "least-squares", "attention"]
 
 
@@ -40,6 +45,8 @@ def moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> list[Momen
     None weighs all tokens alike. The mixing keeps the covariance well conditioned where a few tokens receive all
     attention. O(T n^2) a head.
     """
+    import torch
+
     device = tokens.device if tokens.device.type != "mps" else torch.device("cpu")
     x = tokens.to(device, torch.float64)
     share = torch.full(x.shape[:2], 1 / x.shape[1], dtype=torch.float64, device=device)
@@ -49,6 +56,19 @@ def moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> list[Momen
     centred = x - mean
     covariance = torch.matmul((centred * share[..., None]).mT, centred)
     return [Moments(m[0], c) for m, c in zip(mean.cpu().numpy(), covariance.cpu().numpy(), strict=True)]
+
+
+def bundle_moments(head: HeadGraph, tokens: int, mixing: float) -> Moments:
+    """Moments of a calibrated head, of ``tokens`` prunable tokens a window, under attention mixed with equal weights.
+
+    Raises InputError if the bundle holds no moments of the head.
+    """
+    gram, mean = (head.key_gram, head.key_mean) if head.kind == "key" else (head.value_gram, head.value_mean)
+    if gram is None or mean is None or head.attention_gram is None or head.attention_mean is None:
+        raise InputError(f"the bundle holds no moments of {head.name} to fit a read-out to; calibrate again")
+    middle = (1 - mixing) * head.attention_mean + mixing * mean
+    second = (1 - mixing) * head.attention_gram + mixing * gram / tokens
+    return Moments(middle, second - np.outer(middle, middle))
 
 
 def fit(about: Moments, keep: np.ndarray, *, linear: bool = True, ridge: float = 1e-3) -> Readout:

@@ -31,7 +31,8 @@ def greedy_by_objective(problem: SubsetProblem) -> list[int]:
 
 
 def use_zero_channel_attention(model: Any, mask: KVMask) -> None:
-    """Make ``model`` attend over a plain cache as if ``mask`` had zeroed the pruned channels of old tokens.
+    """Make ``model`` attend over a plain cache as if ``mask`` had zeroed the pruned channels of old tokens, or as if it
+    read them by its static read-out.
 
     The query at slot t sees the key at slot s whole if both came in the same prompt or chunk, if
     t - s < recent_window, or if s is among the row's first ``sinks`` real tokens. Everything by definition, with
@@ -56,7 +57,13 @@ def use_zero_channel_attention(model: Any, mask: KVMask) -> None:
         layer = module.layer_idx
         if kwargs.get("sliding_window") is not None or layer not in mask.key_keep:
             whole[:] = True
-        kept = repeat_kv(key * keep[layer][None, :, None, :], group)
+        read = key * keep[layer][None, :, None, :]
+        if mask.readout_scope == "static" and layer in mask.key_keep:
+            for head, kept in enumerate(mask.key_keep[layer]):
+                dropped, each = np.setdiff1d(np.arange(dim), kept), mask.static_readout("key", layer, head)
+                matrix, constant = (torch.as_tensor(array, dtype=key.dtype) for array in (each.matrix, each.constant))
+                read[:, head, :, dropped] = key[:, head][..., kept] @ matrix.mT + constant
+        kept = repeat_kv(read, group)
         scores = torch.where(whole[:, None], query @ repeat_kv(key, group).mT, query @ kept.mT)
         scores = scores * (dim**-0.5 if scaling is None else scaling)
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from transformers.cache_utils import DynamicCache
 
 import grace_opt.runtime
 from grace_opt import InputError, KVMask
+from grace_opt.budget import Budget
 from grace_opt.evaluate.documents import Document
 from grace_opt.evaluate.prefill import greedy_tokens, log_probabilities, prefill
 from grace_opt.evaluate.run import Run, evaluate, held_bytes, mask_run, prompts, runs
 from grace_opt.headmaps import Compression
-from grace_opt.methods import METHODS, Budget, Method, method
+from grace_opt.methods import METHODS, Method, method
 
 PREFIX, SCORED = 60, 24
 IDS = np.random.default_rng(0).integers(3, 99, PREFIX + SCORED).tolist()
@@ -44,17 +46,22 @@ def compressed(state: Any, policy: Method, budget: Budget) -> Compression:
     return Run("x", policy, budget).compress(state)
 
 
+@pytest.mark.parametrize("readout", ["none", "prefill", "static"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3Text", "Granite"])
-def test_pruning_as_tokens_leave_the_window_equals_the_real_cache_token_by_token(family: str) -> None:
+def test_pruning_as_tokens_leave_the_window_equals_the_real_cache_token_by_token(family: str, readout: str) -> None:
     model = tiny_model(family)
-    state = prefill(model, IDS, PREFIX, 8)
-    policy = method("grace", SMALL)
-    compression = compressed(state, policy, Budget(0.5))
-    keep = {
-        i: tuple(h.encode.numpy().astype(np.int32) for h in each.heads["key"]) for i, each in compression.layers.items()
-    }
-    heads, n = state.past.layers[max(keep)].keys.shape[1::2]
-    mask = KVMask("m", heads, n, keep, recent_window=8, sinks=2)
+    state = prefill(model, IDS, PREFIX, 32)
+    options = {**SMALL, "observation_window": 32, "readout": "none" if readout == "none" else "attention"}
+    compression = compressed(state, method("grace", options), Budget(0.5))
+    heads = {i: each.heads["key"] for i, each in compression.layers.items()}
+    keep = {i: tuple(head.encode.numpy().astype(np.int32) for head in each) for i, each in heads.items()}
+    count, n = state.past.layers[max(keep)].keys.shape[1::2]
+    extra = {}
+    for i, head in product(keep if readout == "static" else (), range(count)):
+        dropped = np.setdiff1d(np.arange(n), keep[i][head])
+        each, name = heads[i][head], f"layers.{i}.k.kv_heads.{head}.readout"
+        extra |= {f"{name}.matrix": each.decode.numpy()[dropped], f"{name}.constant": each.constant.numpy()[dropped]}
+    mask = KVMask("m", count, n, keep, recent_window=8, sinks=2, readout_scope=readout, extra=extra)
     past = grace_opt.runtime.cache(mask, model)
     with torch.inference_mode():
         model(torch.tensor([IDS[:PREFIX]]), past_key_values=past)
@@ -62,6 +69,7 @@ def test_pruning_as_tokens_leave_the_window_equals_the_real_cache_token_by_token
     real = torch.stack(rows).log_softmax(-1)
     for chunk in (256, 7):
         torch.testing.assert_close(scored(state, compression, True, chunk), real, atol=1e-4, rtol=1e-5)
+    assert past.nbytes >= held_bytes(state, compression) * PREFIX * (len(keep) / len(state.past.layers)) * 0.5
 
 
 def test_kept_tokens_see_the_prompt_as_stored() -> None:
@@ -160,8 +168,9 @@ def test_records_of_one_document_have_no_interval_and_masks_are_evaluated(tmp_pa
     assert records[0]["kl"]["low"] is None
     assert records[0]["documents"] == 1
     assert records[1]["kl"]["mean"] < records[0]["kl"]["mean"]
-    with pytest.raises(InputError, match="static read-out"):
-        mask_run("static", KVMask("m", 2, 16, {0: keep}, readout_scope="static"))
+    static = KVMask("m", 2, 16, {0: keep, 1: keep}, recent_window=8, sinks=2, readout_scope="static")
+    with pytest.raises(InputError, match="static read-out layers.0.k.kv_heads.0.readout is missing"):
+        evaluate(model, tokenizer, chosen, [mask_run("static", static)])
     wrong = KVMask("m", 2, 16, {0: keep, 5: keep})
     with pytest.raises(InputError, match="was made for 'm'"):
         evaluate(model, tokenizer, chosen, [mask_run("wrong", wrong)])

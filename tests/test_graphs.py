@@ -11,6 +11,7 @@ import torch
 from families import FAMILIES, ByteTokenizer, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from observed import observed_layers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from grace_opt import (
@@ -24,11 +25,12 @@ from grace_opt import (
     salient_channels,
     save_bundle,
 )
+from grace_opt.graphs.sums import GraphSums
 from grace_opt.runtime.attention import register
 from grace_opt.texts import read_pieces, token_windows
 
 TEXT = ["Every channel is a node, and interactions are weighted edges. " * 40]
-SHORT = Calibration(tokens=192, window=64, observation_window=8, recent_window=5, sinks=3)
+SHORT = Calibration(tokens=192, window=64, observation_window=8, recent_window=5, sinks=3, objective="logit")
 
 
 def states_by_eye(model: Any, windows: list[list[int]]) -> list[dict[int, tuple[np.ndarray, np.ndarray]]]:
@@ -77,7 +79,7 @@ def test_the_logit_graph_is_the_squared_error_of_the_logits(family: str) -> None
 
 def test_one_window_factors_into_its_statistics() -> None:
     model = tiny_model("Llama")
-    bundle = calibrate(model, ByteTokenizer(), TEXT, Calibration(tokens=64, observation_window=8))
+    bundle = calibrate(model, ByteTokenizer(), TEXT, Calibration(tokens=64, observation_window=8, objective="logit"))
     windows = list(token_windows(TEXT, ByteTokenizer(), 64, 64))
     states = states_by_eye(model, windows)[0]
     for head in bundle.heads:
@@ -102,12 +104,10 @@ def test_sliding_models_get_graphs_for_their_full_layers_or_a_sentence() -> None
 
 
 def test_memory_does_not_grow_with_the_text() -> None:
-    from grace_opt.graphs.logit import LogitGraphs
-
-    graphs = LogitGraphs(observation_window=4, recent_window=0, sinks=0)
+    graphs = GraphSums("attention", "output")
     sizes = []
-    for _ in range(3):
-        graphs.add(0, torch.randn(1, 4, 50, 8), torch.randn(1, 2, 50, 8))
+    for seed in range(3):
+        graphs.add(0, observed_layers(seed, 1)[0])
         sizes.append(sum(t.numel() for sums in graphs._sums.values() for t in sums.values()))
     assert len(set(sizes)) == 1
 

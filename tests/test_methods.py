@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from observed import LAYERS, observed_layers
 
 from grace_opt import InputError, KVMask
+from grace_opt.budget import Budget
 from grace_opt.evaluate.prefill import Prefill, prefill
 from grace_opt.evaluate.run import held_bytes
 from grace_opt.graphs.observed import Observed
-from grace_opt.methods import METHODS, Budget, compress, compress_by_mask, method
+from grace_opt.methods import METHODS, compress, compress_by_mask, method
 
 
 def kept(compression: Any, kind: Any = "key") -> dict[int, list[list[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from grace_opt.runtime.cache import PrunedCache
 from grace_opt.runtime.layer import PrunedLayer
 
 
-def random_mask(model: Any, kept: int, *, recent_window: int, sinks: int, seed: int = 0) -> KVMask:
-    """A mask of ``kept`` random channels in every full-attention layer of a tiny model."""
+def random_mask(
+    model: Any, kept: int, *, recent_window: int, sinks: int, seed: int = 0, readout: str = "none"
+) -> KVMask:
+    """A mask of ``kept`` random channels in every full-attention layer of a tiny model; a static read-out is random."""
     rng = np.random.default_rng(seed)
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -31,8 +34,21 @@ def random_mask(model: Any, kept: int, *, recent_window: int, sinks: int, seed: 
         for layer, kind in enumerate(types)
         if kind == "full_attention"
     }
+    extra = {}
+    for layer, head in product(keep if readout == "static" else (), range(heads)):
+        name = f"layers.{layer}.k.kv_heads.{head}.readout"
+        extra[f"{name}.matrix"] = 0.3 * rng.normal(size=(dim - kept, kept)).astype(np.float32)
+        extra[f"{name}.constant"] = rng.normal(size=dim - kept).astype(np.float32)
     return KVMask(
-        "tiny", heads, dim, keep, num_hidden_layers=config.num_hidden_layers, recent_window=recent_window, sinks=sinks
+        "tiny",
+        heads,
+        dim,
+        keep,
+        num_hidden_layers=config.num_hidden_layers,
+        recent_window=recent_window,
+        sinks=sinks,
+        readout_scope=readout,
+        extra=extra,
     )
 
 
@@ -83,11 +99,12 @@ def test_generation_equals_the_zero_channel_reference(family: str, recent_window
 
 
 @pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["greedy", "beams", "chunks"])
+@pytest.mark.parametrize("readout", ["none", "static"])
 @pytest.mark.parametrize("sinks", [0, 1, 4, 30])
 @pytest.mark.parametrize("recent_window", [0, 1, 6, 500])
-def test_sinks_beams_and_chunks(recent_window: int, sinks: int, more: dict[str, int]) -> None:
+def test_sinks_beams_and_chunks(recent_window: int, sinks: int, readout: str, more: dict[str, int]) -> None:
     model = tiny_model("Llama")
-    compare(model, random_mask(model, 7, recent_window=recent_window, sinks=sinks), **more)
+    compare(model, random_mask(model, 7, recent_window=recent_window, sinks=sinks, readout=readout), **more)
 
 
 @given(
@@ -125,9 +142,10 @@ def test_any_sequence_of_updates(
     torch.testing.assert_close(pruned, logits(DynamicCache(config=model.config)), atol=1e-4, rtol=0)
 
 
-def test_a_padded_row_gives_what_it_gives_alone() -> None:
+@pytest.mark.parametrize("readout", ["none", "static", "prefill"])
+def test_a_padded_row_gives_what_it_gives_alone(readout: str) -> None:
     model = tiny_model("Llama")
-    mask = random_mask(model, 6, recent_window=3, sinks=2)
+    mask = random_mask(model, 6, recent_window=3, sinks=2, readout=readout)
     ids, attended = prompts()
     together = run(model, grace_opt.runtime.cache(mask, model))
     for row in range(3):
@@ -140,6 +158,12 @@ def test_a_padded_row_gives_what_it_gives_alone() -> None:
             pad_token_id=0,
         )
         assert torch.equal(alone[0, -24:], together.sequences[row, -24:])
+
+
+def test_a_prompt_without_old_tokens_reads_zeros() -> None:
+    model = tiny_model("Llama")
+    plain, fitted = (random_mask(model, 6, recent_window=18, sinks=3, readout=scope) for scope in ("none", "prefill"))
+    assert_same(run(model, grace_opt.runtime.cache(fitted, model)), run(model, grace_opt.runtime.cache(plain, model)))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "Phi3"])
@@ -277,7 +301,7 @@ def test_what_the_runtime_cannot_do_yet_is_said() -> None:
     for change, message in (
         ({"key_keep": ragged}, "keeps 4 to 6 channels a head"),
         ({"value_keep": mask.key_keep}, "prunes value channels"),
-        ({"readout_scope": "static"}, "static read-out"),
+        ({"readout_scope": "static"}, "static read-out layers.0.k.kv_heads.0.readout is missing"),
         ({"prefill": "pruned"}, "pruned prefill"),
     ):
         with pytest.raises(InputError, match=message):

@@ -29,11 +29,12 @@ from study import (
     shown,
 )
 
+from grace_opt.budget import Budget
 from grace_opt.evaluate.documents import Passages, read_documents
 from grace_opt.evaluate.prefill import prefill
 from grace_opt.evaluate.run import Run, prompts
 from grace_opt.graphs.objectives import KEY_OBJECTIVES
-from grace_opt.methods import METHODS, Budget, compress
+from grace_opt.methods import METHODS, compress
 
 NAMES = ("think", "grace", "grace-opt")
 PARTS = ("keys", "values", "generated", "needle", "positions", "cost")
@@ -81,7 +82,7 @@ def main(
                 loaded, tokenizer, read_documents(text), prefix, scored, 1, [4096], [0.1, 0.3, 0.5, 0.7, 0.9]
             )
             runs = [named("whole", "grace-opt", 0.0)] + [
-                named(each, each, ratio) for ratio in (0.5, 0.7) for each in NAMES
+                named(each, each, ratio) for ratio in (0.5, 0.7) for each in (*NAMES, "streaming")
             ]
             one = Passages(chosen.ids[:1], chosen.names[:1], prefix, scored, 0)
             records = measure(loaded, tokenizer, one, runs, needles=needles)

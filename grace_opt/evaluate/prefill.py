@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
-from grace_opt.graphs.observed import Observed
+from grace_opt.graphs.observed import Observed, output_projection
 from grace_opt.headmaps import Compression, HeadMap
 from grace_opt.runtime.attention import refuse_unsupported, register, require_attention_interface
 
@@ -73,7 +73,7 @@ def prefill(model: PreTrainedModel, ids: Sequence[int], prefix: int, observation
     def keep(module: Any, query: Tensor, key: Tensor, scale: float | None) -> None:
         queries[module.layer_idx] = query[0, :, -observation_window:].clone()
         scaling[module.layer_idx] = scale if scale is not None else query.shape[-1] ** -0.5
-        outputs[module.layer_idx] = _output_weight(module, query)
+        outputs[module.layer_idx] = output_projection(module, query.shape[1])
 
     row = torch.tensor([list(ids)], device=model.device)
     past = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -265,15 +265,6 @@ def _scoring_pruned(
         parts.append(part.view(heads, -1, q.shape[2], values.shape[-1]))
     out = torch.cat(parts, dim=2).reshape(1, query.shape[1], new, -1)
     return out.transpose(1, 2).contiguous()
-
-
-def _output_weight(module: Any, query: Tensor) -> Tensor | None:
-    """The weight [hidden, Hq nv] of the projection after attention, under the names that transformers uses."""
-    for name in ("o_proj", "out_proj", "dense", "wo"):
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] % query.shape[1] == 0:
-            return weight.detach()
-    return None
 
 
 register(CAPTURE, _capturing)

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grace_opt.budget import Budget
 from grace_opt.errors import InputError
 from grace_opt.evaluate.documents import Document, Passages, passages
 from grace_opt.evaluate.needle import ANSWER_TOKENS, NeedlePrompt, found, needle_prompts
 from grace_opt.evaluate.prefill import Prefill, greedy_tokens, log_probabilities, prefill
 from grace_opt.evaluate.statistics import Interval, bootstrap_mean, paired, rate
 from grace_opt.geometry import text_config
-from grace_opt.headmaps import KINDS, Compression, Kind
+from grace_opt.graphs.bundle import Kind
+from grace_opt.headmaps import KINDS, Compression
 from grace_opt.masks import KVMask
-from grace_opt.methods import METHODS, Budget, Method, compress, compress_by_mask
+from grace_opt.methods import METHODS, Method, compress, compress_by_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,13 +58,11 @@ def runs(methods: Mapping[str, Method], budgets: Sequence[Budget]) -> list[Run]:
 
 
 def mask_run(name: str, mask: KVMask) -> Run:
-    """A mask's channels, with the read-out that it asks for: none, or fitted to each prompt. Its ratios are measured.
+    """A mask's channels, with the read-out that it asks for: none, static, or fitted to each prompt.
 
-    Raises InputError for a static read-out, which only the runtime knows yet.
+    Its ratios are measured.
     """
-    if mask.readout_scope == "static":
-        raise InputError(f"{name} has a static read-out, which cannot be evaluated yet")
-    policy = METHODS["grace-opt"] if mask.readout_scope == "prefill" else METHODS["grace"]
+    policy = METHODS["grace-opt" if mask.readout_scope == "prefill" else "grace"]
     pruned = [1 - mask.keep_matrix(kind).mean() for kind in KINDS]
     return Run(name, policy, Budget(*map(float, pruned)), mask)
 

@@ -18,7 +18,10 @@ from grace_opt.problem import BoolArray, FloatArray, IntArray, SubsetProblem
 FORMAT, VERSION = "grace_opt.graphs", "1"
 
 Kind = Literal["key", "value"]
-_STATISTICS = ("query_gram", "key_gram", "key_mean", "protected", "groups")
+_STATISTICS = (
+    *("query_gram", "key_gram", "key_mean", "value_gram", "value_mean", "attention_gram", "attention_mean"),
+    *("protected", "groups"),
+)
 _TENSOR = re.compile(r"layers\.(\d+)\.kv_heads\.(\d+)\.(key|value)\.(\w+)")
 
 
@@ -26,8 +29,9 @@ _TENSOR = re.compile(r"layers\.(\d+)\.kv_heads\.(\d+)\.(key|value)\.(\w+)")
 class HeadGraph:
     """The channel graph of one KV head, for its keys or its values.
 
-    ``weights`` float64[n, n] is W. Optional: ``query_gram`` and ``key_gram`` float64[n, n], ``key_mean``
-    float64[n], ``protected`` bool[n], ``groups`` int64[n] (tied channels, see SubsetProblem).
+    ``weights`` float64[n, n] is W. Optional: ``query_gram``; the Gram matrix float64[n, n] and mean float64[n] of the
+    prunable keys (``key_gram``, ``key_mean``) or values, and both under attention's weights (``attention_gram``,
+    ``attention_mean``); ``protected`` bool[n], ``groups`` int64[n] (tied channels, see SubsetProblem).
     """
 
     layer: int
@@ -37,6 +41,10 @@ class HeadGraph:
     query_gram: FloatArray | None = None
     key_gram: FloatArray | None = None
     key_mean: FloatArray | None = None
+    value_gram: FloatArray | None = None
+    value_mean: FloatArray | None = None
+    attention_gram: FloatArray | None = None
+    attention_mean: FloatArray | None = None
     protected: BoolArray | None = None
     groups: IntArray | None = None
 
@@ -53,18 +61,20 @@ class GraphBundle:
     heads: tuple[HeadGraph, ...]
     metadata: Mapping[str, str]
 
-    def problems(self, ratio: float, *, protect: bool = True) -> list[SubsetProblem]:
+    def problems(self, ratio: float, *, value_ratio: float | None = None, protect: bool = True) -> list[SubsetProblem]:
         """One problem a head that prunes floor(ratio * n) of its n channels (the uniform budget).
 
-        ``protect=False`` ignores the bundle's protected channels. Raises InputError if the ratio is outside
-        [0, 1), or leaves a head with more to prune than is prunable.
+        ``value_ratio`` is for graphs of values, ``ratio`` if left out. ``protect=False`` ignores the bundle's protected
+        channels. Raises InputError if a ratio is outside [0, 1), or leaves a head with more to prune than is prunable.
         """
-        if not 0 <= ratio < 1:  # also refuses NaN
-            raise InputError(f"the ratio must be at least 0 and below 1, got {ratio}")
+        ratios = {"key": ratio, "value": ratio if value_ratio is None else value_ratio}
+        for each in ratios.values():
+            if not 0 <= each < 1:  # also refuses NaN
+                raise InputError(f"the ratio must be at least 0 and below 1, got {each}")
         return [
             SubsetProblem(
                 head.weights,
-                prune=min(math.floor(ratio * len(head.weights) + 1e-9), len(head.weights) - 1),
+                prune=min(math.floor(ratios[head.kind] * len(head.weights) + 1e-9), len(head.weights) - 1),
                 protected=head.protected if protect else None,
                 groups=head.groups,
                 name=head.name,
@@ -139,9 +149,7 @@ def _head(layer: int, kv_head: int, kind: Kind, tensors: Mapping[str, np.ndarray
         kv_head,
         kind,
         weights.astype(np.float64, copy=False),
-        query_gram=real("query_gram"),
-        key_gram=real("key_gram"),
-        key_mean=real("key_mean"),
+        **{statistic: real(statistic) for statistic in _STATISTICS[:-2]},
         protected=tensors.get("protected"),  # their values are checked when a problem is made of them
         groups=tensors.get("groups"),
     )

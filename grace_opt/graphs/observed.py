@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,3 +79,12 @@ class Observed:
         received = self.attention.sum(1)
         total = received.sum(-1, keepdim=True)
         return torch.where(total > 0, received / total, torch.full_like(received, 1 / received.shape[-1]))
+
+
+def output_projection(attention: Any, heads: int) -> Tensor | None:
+    """The weight [hidden, heads * nv] of the projection after an attention module; None if it has no known name."""
+    for name in ("o_proj", "out_proj", "dense", "wo"):
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] % heads == 0:
+            return weight.detach()
+    return None

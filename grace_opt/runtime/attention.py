@@ -57,7 +57,8 @@ def attention(
     query [B, Hq, n, D], value [B, Hkv, T, Dv], mask bool or additive [B or 1, 1, n, T] or None ->
     ([B, n, Hq, Dv], None). The scores of a filled cache are computed from the kept channels of all T tokens; those
     of the dropped channels are added for sinks and recent tokens, so the softmax is the same as over keys with
-    the pruned channels of all other tokens set to zero. O(B Hq n T (dk + Dv)).
+    the pruned channels of all other tokens set to zero, or to what the read-out makes of the kept ones.
+    O(B Hq n T (dk + Dv)).
 
     Raises:
         InputError: for logit soft-capping, learnt attention sinks and position biases; for sliding windows over pruned
@@ -79,6 +80,7 @@ def attention(
         raise InputError("this model masks each head in its own way, which is not supported yet; use another model")
     key.layer.find_sinks(attention_mask)
     if key.prefill_keys is not None:
+        key.layer.fit(query, key.prefill_keys, value, scaling if scaling is not None else query.shape[-1] ** -0.5)
         return sdpa_attention_forward(
             module, query, key.prefill_keys, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -105,8 +107,7 @@ def _attend(
     batch, heads, new, _ = query.shape
     kv_heads, tokens = value.shape[1], value.shape[2]
     # All queries of a KV head side by side, so that the cache is read once for the whole group.
-    query = layer.split(query.reshape(batch, kv_heads, -1, query.shape[-1]) * scaling)
-    kept, dropped = query[..., : layer.width], query[..., layer.width :]
+    kept, dropped = layer.asked(query.reshape(batch, kv_heads, -1, query.shape[-1]) * scaling)
     scores = torch.matmul(kept, layer.kept.mT).view(batch, kv_heads, -1, new, tokens)
     if dropped.shape[-1]:
         _add_whole_tokens(scores, dropped, key, tokens - age)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from grace_opt.errors import InputError
 from grace_opt.masks import KVMask, load_mask
+from grace_opt.readout import Readout
 from grace_opt.runtime import attention
 from grace_opt.runtime.layer import PrunedLayer
 
@@ -34,16 +35,13 @@ def cache(mask: KVMask | str | Path, model: PreTrainedModel) -> PrunedCache:
 
     Raises:
         InputError: for a mask of another model, a mask that this runtime cannot execute yet (pruned values, widths
-            that differ between the heads of a layer, a read-out, pruned prefill), or a model whose attention cannot
-            be replaced.
+            that differ between the heads of a layer, pruned prefill), or a model whose attention cannot be replaced.
     """
     mask = mask if isinstance(mask, KVMask) else load_mask(mask)
     attention.require_attention_interface(model)
     mask.check_model(model.config, str(model.config.name_or_path))
     if mask.value_keep:
         raise InputError("this mask prunes value channels, which the runtime cannot execute yet; solve keys only")
-    if mask.readout_scope != "none":
-        raise InputError(f"this mask has a {mask.readout_scope} read-out, which the runtime cannot execute yet")
     if mask.prefill != "full":
         raise InputError(f"this mask asks for {mask.prefill} prefill, and the runtime can only run full prefill yet")
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
@@ -60,9 +58,17 @@ def cache(mask: KVMask | str | Path, model: PreTrainedModel) -> PrunedCache:
                 "cannot execute widths that differ between heads yet; solve with the uniform budget"
             )
         rows = torch.tensor([kept.tolist() for kept in keep], dtype=torch.long).view(len(keep), -1)
-        layers[index] = PrunedLayer(rows, mask.head_dim, mask.sinks, mask.recent_window, index)
+        layers[index] = PrunedLayer(
+            rows, mask.head_dim, mask.sinks, mask.recent_window, index, _readouts(mask, index, len(keep))
+        )
     model.set_attn_implementation(attention.NAME)
     return PrunedCache(layers=layers)
+
+
+def _readouts(mask: KVMask, layer: int, heads: int) -> list[Readout] | Literal["prefill"] | None:
+    if mask.readout_scope == "static":
+        return [mask.static_readout("key", layer, head) for head in range(heads)]
+    return "prefill" if mask.readout_scope == "prefill" else None
 
 
 def cache_nbytes(past: Cache) -> int:

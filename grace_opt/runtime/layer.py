@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from grace_opt.errors import InputError
+from grace_opt.graphs.observed import Observed
+from grace_opt.readout import MIXING, Readout, fit, moments
 from grace_opt.runtime.attention import PrunedKeys
+
+OBSERVATION_WINDOW = 32  # queries whose attention weighs the tokens that read-outs are fitted to
 
 
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -25,6 +30,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         head_dim: channels D of an original key.
         sinks, recent_window: how many tokens stay whole at the start and at the end.
         index: the layer's number, for messages.
+        readouts: one for each KV head, or "prefill" to fit them to each row of the first update; None: dropped channels
+            count as zero. Whole tokens then hold the residual k_P - B k_A - constant in place of k_P, and queries ask
+            for q_A + B'q_P: one formula for all tokens, short of q_P'constant, which cancels in the softmax.
     """
 
     is_sliding = False
@@ -38,14 +46,25 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     _recent: Tensor  #: [B, Hkv, min(T, recent_window), D - dk]
     sinks: Tensor | None  #: [B, Hkv, sinks, D - dk], once tokens have left the recent window
     _first: Tensor | None  #: int64[B], the position of each row's first real token
+    _matrix: Tensor | None  #: [B, Hkv, D - dk, dk], the read-outs' B
+    _constant: Tensor | None  #: [B, Hkv, 1, D - dk]
 
-    def __init__(self, keep: Tensor, head_dim: int, sinks: int, recent_window: int, index: int) -> None:
+    def __init__(
+        self,
+        keep: Tensor,
+        head_dim: int,
+        sinks: int,
+        recent_window: int,
+        index: int,
+        readouts: Sequence[Readout] | Literal["prefill"] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
         self.width = keep.shape[1]
         self.sink_count = sinks if self.width < head_dim else 0
         self.recent_window = recent_window
         self._selection = _Selection(keep, head_dim)
+        self.readouts = readouts if self.width < head_dim else None
         self.reset()
 
     def reset(self) -> None:
@@ -53,7 +72,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = False
         self.length = 0
         self._kept = self._values = self._recent = torch.empty(0)
-        self.sinks = self._first = None
+        self.sinks = self._first = self._matrix = self._constant = None
         self.sinks_start: int | None = None  # position of the first sink, if it is the same in all rows
         self.sinks_end = 0  # one past the last sink of any row
         self._sinks_pending: Tensor | None = None  # dropped channels of the last tokens, sinks maybe among them
@@ -72,6 +91,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._kept = key_states.new_empty(batch, heads, 0, self.width)
         self._values = value_states.new_empty(batch, heads, 0, value_states.shape[3])
         self._recent = key_states.new_empty(batch, heads, 0, narrowed)
+        if self.readouts is not None and self.readouts != "prefill":
+            self._set_readouts([self.readouts] * batch)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
@@ -84,8 +105,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"{key_states.device}; start a new cache"
             )
         before, new = self.length, key_states.shape[2]
-        states = self.split(key_states)
-        kept, dropped = states[..., : self.width], states[..., self.width :]
+        kept, dropped = self.split(key_states)
+        dropped = self._residual(kept, dropped)
         self._kept = _append(self._kept, before, kept)
         self._values = _append(self._values, before, value_states)
         self.length = before + new
@@ -113,10 +134,54 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """[B, Hkv, T, dk]: the kept channels of all tokens."""
         return self._kept[:, :, : self.length]
 
-    def split(self, states: Tensor) -> Tensor:
-        """[B, Hkv, m, D] with each head's kept channels first, the dropped ones behind."""
+    def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, Hkv, m, D] -> each head's kept channels [.., dk] and its dropped ones [.., D - dk]."""
         order = self._selection.order
-        return states.gather(-1, order[None, :, None].expand(*states.shape[:3], -1))
+        states = states.gather(-1, order[None, :, None].expand(*states.shape[:3], -1))
+        return states[..., : self.width], states[..., self.width :]
+
+    def asked(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, Hkv, m, D] as they meet the kept channels, and the residuals of whole tokens."""
+        kept, dropped = self.split(query)
+        return (kept if self._matrix is None else kept + dropped @ self._matrix), dropped
+
+    def _residual(self, kept: Tensor, dropped: Tensor) -> Tensor:
+        """The dropped channels of keys, less what they are read as."""
+        if self._matrix is None or self._constant is None:
+            return dropped
+        return dropped - kept @ self._matrix.mT - self._constant
+
+    def fit(self, query: Tensor, keys: Tensor, value: Tensor, scaling: float) -> None:
+        """After the first update: fit each row's read-outs to its old tokens, with the attention that its last queries
+        pay them as weights (`grace_opt.readout`). A row without old tokens keeps reading zeros.
+        """
+        if self.readouts != "prefill":
+            return
+        tokens, rows = keys.shape[2], []
+        keep = self._selection.order[:, : self.width].cpu().numpy()
+        for row in range(len(keys)):
+            first = 0 if self._first is None else int(self._first[row])
+            if tokens - first <= self.sink_count + self.recent_window:
+                zeros = np.zeros((self._selection.shape[1] - self.width, self.width))
+                rows.append([Readout(zeros.sum(1), zeros)] * len(keep))
+                continue
+            last = max(first, tokens - OBSERVATION_WINDOW)
+            whole = (self.sink_count, self.recent_window)
+            seen = Observed(query[row, :, last:], keys[row, :, first:], value[row, :, first:], scaling, *whole)
+            about = moments(seen.keys[:, seen.prunable], seen.token_weights, MIXING["key"])
+            rows.append([fit(each, np.sort(kept)) for each, kept in zip(about, keep, strict=True)])
+        self._set_readouts(rows)
+        self._recent = self._residual(self.kept[:, :, self.length - self._recent.shape[2] :], self._recent)
+        if self.sinks is not None:
+            columns = self.sink_columns().clamp(max=self.length - 1)[:, None, :, None]
+            kept = self.kept.gather(2, columns.expand(-1, len(keep), -1, self.width))
+            self.sinks = self._residual(kept, self.sinks)
+
+    def _set_readouts(self, rows: Sequence[Sequence[Readout]]) -> None:
+        matrix = np.array([[each.matrix for each in heads] for heads in rows])
+        constant = np.array([[each.constant for each in heads] for heads in rows])
+        self._matrix = torch.as_tensor(matrix, dtype=self.dtype, device=self.device)
+        self._constant = torch.as_tensor(constant, dtype=self.dtype, device=self.device)[:, :, None]
 
     def find_sinks(self, mask: Tensor | None) -> None:
         """Store the dropped channels of the sinks among the tokens that just came or just left the window.
@@ -150,7 +215,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Every tensor that holds tokens."""
         if not self.is_initialized:
             return []
-        held = [self._kept, self._values, self._recent, self.sinks, self._first]
+        held = [self._kept, self._values, self._recent, self.sinks, self._first, self._matrix, self._constant]
         return [tensor for tensor in held if tensor is not None]
 
     def full_nbytes(self) -> int:
@@ -209,6 +274,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._kept, self._values, self._recent = change(self._kept), change(self._values), change(self._recent)
         if self.sinks is not None and self._first is not None:
             self.sinks, self._first = change(self.sinks), change(self._first)
+        if self._matrix is not None and self._constant is not None:
+            self._matrix, self._constant = change(self._matrix), change(self._constant)
 
 
 class _Selection:
