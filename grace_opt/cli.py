@@ -196,8 +196,8 @@ def solve(
     align: Annotated[int, _option("--align", help="Of which each head keeps a multiple, in a shared budget.")] = 1,
     readout: Annotated[
         str,
-        _option("--readout", help="Estimate dropped channels: none, prefill (fitted to each prompt) or static."),
-    ] = "none",
+        _option("--readout", help="Estimate dropped channels: prefill (fitted to each prompt), static, or none."),
+    ] = "prefill",
     solver: SolverOption = "auto",
     solver_option: Annotated[
         list[str] | None, _option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")

@@ -1,4 +1,4 @@
-"""The whole path on a real model in one call: calibrate, solve, apply, generate, compare."""
+"""The whole path on a real model in one call: calibrate, solve, apply, generate, beside ThinK and GRACE."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from grace_opt.budget import Budget, Sharing, problems_of
 from grace_opt.calibrate import Calibration, calibrate
 from grace_opt.errors import InputError
 from grace_opt.files import write_json
@@ -23,6 +26,7 @@ from grace_opt.texts import DEFAULT_TEXT, read_pieces, token_windows
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
+    from transformers import PreTrainedModel
 
     from grace_opt.generate import Forced
 
@@ -61,7 +65,7 @@ class DemoResult:
         for record in self.records:
             table.add_row(
                 str(record["cache"]),
-                f"{record['kept_channels']} of {record['head_dim']}",
+                f"{record['kept_channels']:g} of {record['head_dim']}",
                 f"{record['cache_bytes'] / 1e6:.1f} MB ({record['cache_bytes'] / first['cache_bytes']:.0%})",
                 f"{record['kl']:.4f}",
                 f"{record['agree']} of {record['new_tokens']}",
@@ -81,11 +85,13 @@ def run(
     new_tokens: int = 64,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> DemoResult:
-    """Calibrate ``model_name``, solve at ``ratio``, generate from a long prompt with the full and the pruned cache.
+    """Calibrate ``model_name``, solve at ``ratio``, generate from a long prompt with the full and with pruned caches.
 
-    Both decode greedily (``text`` and the times). Then the pruned cache is fed the full one's tokens, so that ``kl``
-    (nats, mean over the new tokens) and ``agree`` (how often it would have chosen the same token) compare like with
-    like. Leaves graphs.safetensors, mask/, kept-channels.png and demo.json in ``folder``.
+    ``think`` and ``grace`` choose their channels from the prompt, as they do; ``grace-opt`` is the calibrated mask, a
+    budget shared over heads, with a read-out fitted to the prompt. All run on the same kind of cache and decode
+    greedily (``text`` and the times). Then each is fed the full cache's tokens, so that ``kl`` (nats, mean over the new
+    tokens) and ``agree`` (how often it would have chosen the same token) compare like with like. Leaves
+    graphs.safetensors, mask/, kept-channels.png and demo.json in ``folder``.
     """
     import torch
 
@@ -107,8 +113,8 @@ def run(
         progress=lambda done, total: progress("calibrate, tokens", done, total),
     )
     save_bundle(bundle, folder / "graphs.safetensors")
-    solutions = solve_many(bundle.problems(ratio), runner)
-    mask = mask_from_solutions(bundle, solutions)
+    solutions = solve_many(problems_of(bundle, Budget(ratio), Sharing(), protect=False), runner)
+    mask = mask_from_solutions(bundle, solutions, readout="prefill")
     save_mask(mask, folder / "mask")
     picture = folder / "kept-channels.png"
     kept_channels(mask, picture, f"{model_name}: key channels kept at ratio {ratio:g} by {solver}")
@@ -120,29 +126,54 @@ def run(
         return forced(model, prompt, tokens, used, lambda done: progress(what, done, new_tokens))
 
     reference, reference_tokens = decode(new_tokens, None, "generate, full cache")
-    free, free_tokens = decode(new_tokens, mask, "generate, pruned cache")
-    judged, _ = decode(reference_tokens, mask, "pruned cache, the full one's tokens")
-    records = [
-        {
-            "model": model_name,
-            "cache": name,
-            "ratio": used_ratio,
-            "solver": solver if used_ratio else None,
-            "kept_channels": kept,
-            "head_dim": mask.head_dim,
-            "prompt_tokens": prompt.shape[1],
-            "new_tokens": new_tokens,
-            "cache_bytes": run.cache_bytes,
-            "kl": float(kl_per_token(reference.logits, scored.logits).mean()),
-            "agree": int((scored.logits.argmax(-1) == reference_tokens).sum()),
-            "prefill_seconds": run.prefill_seconds,
-            "decode_seconds": run.decode_seconds,
-            "text": tokenizer.decode(tokens),
-        }
-        for name, used_ratio, kept, run, scored, tokens in (
-            ("full", 0.0, mask.head_dim, reference, reference, reference_tokens),
-            ("pruned", ratio, mask.head_dim - solutions[0].prune, free, judged, free_tokens),
+    masks = {"full": None, **_prompt_masks(model, model_name, prompt[0].tolist(), ratio), "grace-opt": mask}
+    records = []
+    for name, used in masks.items():
+        free, judged, tokens = reference, reference, reference_tokens
+        if used is not None:
+            free, tokens = decode(new_tokens, used, f"generate, {name}")
+            judged, _ = decode(reference_tokens, used, f"{name}, the full one's tokens")
+        records.append(
+            {
+                "model": model_name,
+                "cache": name,
+                "ratio": 0.0 if used is None else ratio,
+                "solver": solver if used is mask else None,
+                "kept_channels": mask.head_dim if used is None else mean_width(used),
+                "head_dim": mask.head_dim,
+                "prompt_tokens": prompt.shape[1],
+                "new_tokens": new_tokens,
+                "cache_bytes": free.cache_bytes,
+                "kl": float(kl_per_token(reference.logits, judged.logits).mean()),
+                "agree": int((judged.logits.argmax(-1) == reference_tokens).sum()),
+                "prefill_seconds": free.prefill_seconds,
+                "decode_seconds": free.decode_seconds,
+                "text": tokenizer.decode(tokens),
+            }
         )
-    ]
     write_json(folder / "demo.json", {"records": records})
     return DemoResult(records, picture)
+
+
+def _prompt_masks(model: PreTrainedModel, model_name: str, ids: list[int], ratio: float) -> dict[str, KVMask]:
+    """The masks that ThinK and GRACE choose from a prompt."""
+    from grace_opt.evaluate.prefill import prefill
+    from grace_opt.methods import METHODS, compress
+
+    state = prefill(model, ids, len(ids), max(METHODS[name].observation_window for name in ("think", "grace")))
+    masks = {}
+    for name in ("think", "grace"):
+        policy = METHODS[name]
+        seen = state.observed(policy.observation_window, policy.recent_window, policy.sinks)
+        heads = {i: maps.heads["key"] for i, maps in compress(policy, seen, Budget(ratio)).layers.items()}
+        keep = {i: tuple(head.encode.numpy().astype(np.int32) for head in each) for i, each in heads.items()}
+        first = next(iter(seen.values())).keys
+        masks[name] = KVMask(
+            model_name, first.shape[0], first.shape[2], keep, recent_window=policy.recent_window, sinks=policy.sinks
+        )
+    return masks
+
+
+def mean_width(mask: KVMask) -> float:
+    """Key channels that the average head keeps."""
+    return float(np.mean([len(kept) for heads in mask.key_keep.values() for kept in heads]))

@@ -223,7 +223,7 @@ def test_the_whole_path_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> N
     records(inside("calibrate", tiny_folder, "-o", piped, "--text", "-", *common, stdin=WORDS))
     for mine, theirs in zip(load_bundle(graphs).heads, load_bundle(piped).heads, strict=True):
         np.testing.assert_array_equal(mine.weights, theirs.weights)
-    records(inside("solve", graphs, "--ratio", 0.5, "-o", mask, "-f", "json"))
+    records(inside("solve", graphs, "--ratio", 0.5, "--readout", "none", "-o", mask, "-f", "json"))
     prompt = ("--prompt", " ".join(WORDS.split()[:100]), "--max-new-tokens", 10, "-f", "json")
     pruned = records(inside("generate", tiny_folder, "--mask", mask, *prompt))[0]
     plain = records(cli("generate", tiny_folder, *prompt))[0]
@@ -249,6 +249,59 @@ def test_the_whole_path_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> N
     )
     assert "the text is empty" in sentence(inside("calibrate", tiny_folder, "-o", graphs, "--text", "-", stdin=""))
     assert load_bundle(graphs).metadata["tokens"] == "128"  # and the old file is as it was
+
+
+def test_budgets_readouts_and_values_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(WORDS)
+    graphs, mask = tmp_path / "graphs.safetensors", tmp_path / "mask"
+    common = ("--tokens", 192, "--window", 64, "--recent-window", 8, "--text", tmp_path / "text.txt")
+    records(inside("calibrate", tiny_folder, "-o", graphs, *common, "--objective", "centered", "-f", "json"))
+    assert load_bundle(graphs).metadata["objective"] == "centered"
+    solved = ("solve", graphs, "-o", mask, "--solver", "greedy", "-f", "json", "--no-protect")
+    prompt = ("--prompt", " ".join(WORDS.split()[:100]), "--max-new-tokens", 10, "-f", "json")
+    for readout in ("none", "prefill", "static"):
+        found = records(inside(*solved, "--ratio", 0.5, "--budget", "shared", "--floor", 2, "--readout", readout))
+        assert sum(record["prune"] for record in found) == 32
+        assert load_mask(mask).readout_scope == readout
+        records(inside("generate", tiny_folder, "--mask", mask, *prompt))
+    found = records(inside(*solved, "--budget-bytes", 2 * 2 * 2 * 24, "--budget", "shared", "--align", 4))
+    assert sum(record["prune"] for record in found) == 32
+    assert all(record["prune"] % 4 == 0 for record in found)
+    records(inside("calibrate", tiny_folder, "-o", graphs, *common, "--value-objective", "output", "-f", "json"))
+    assert {head.kind for head in load_bundle(graphs).heads} == {"key", "value"}
+    records(inside(*solved, "--ratio", 0.5, "--value-ratio", 0.25))
+    measured = ("evaluate", tiny_folder, "--text", tmp_path / "text.txt", "--prefix", 80, "--scored", 10, "-f", "json")
+    record = records(inside(*measured, "--mask", mask))[0]
+    assert (record["ratio"], record["value_ratio"]) == (0.5, 0.25)
+    for message, arguments in {
+        "give either --ratio or --budget-bytes": solved,
+        "budget must be uniform or shared": (*solved, "--ratio", 0.5, "--budget", "equal"),
+        "read-out must be one of none, prefill, static": (*solved, "--ratio", 0.5, "--readout", "all"),
+        "lower the floor": (*solved, "--budget-bytes", 10, "--budget", "shared"),
+        "change align": (*solved, "--ratio", 0.5, "--budget", "shared", "--align", 3),
+        "must be positive": (*solved, "--budget-bytes", 0),
+        "did you mean 'attention'": ("calibrate", tiny_folder, "-o", graphs, *common, "--objective", "atention"),
+        "a method needs a budget": (*measured, "--method", "think"),
+        "there is nothing to evaluate": measured,
+        "did you mean 'grace'": (*measured, "--method", "garce", "--ratio", 0.5),
+        "exclude each other": (*measured, "--dataset", "ruler:4096", "--mask", mask),
+        "context of 256": (*measured, "--method", "think", "--ratio", 0.5, "--prefix", 300),
+        "no prunable key": (*measured, "--method", "think", "--ratio", 0.5, "--prefix", 20),
+        "is outside the text": (*measured, "--mask", mask, "--needle-length", 90, "--needle-depth", 2),
+    }.items():
+        assert message in sentence(inside(*arguments))
+
+
+def test_the_demo_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    sizes = ("--context", 200, "--max-new-tokens", 5)
+    found = records(inside("demo", tiny_folder, "-o", tmp_path / "demo", *sizes, "-f", "json"))
+    assert [record["cache"] for record in found] == ["full", "think", "grace", "grace-opt"]
+    assert [record["kept_channels"] for record in found] == [16, 8, 8, 8]
+    full, *pruned = found
+    assert all(record["cache_bytes"] < full["cache_bytes"] for record in pruned)
+    assert full["kl"] == 0
+    assert full["agree"] == 5
+    assert (tmp_path / "demo" / "kept-channels.png").stat().st_size > 1000
 
 
 def test_ctrl_c_leaves_130_and_no_file(tiny_folder: Path, tmp_path: Path) -> None:

@@ -21,24 +21,31 @@ from grace_opt.runtime.layer import PrunedLayer
 
 
 def random_mask(
-    model: Any, kept: int, *, recent_window: int, sinks: int, seed: int = 0, readout: str = "none"
+    model: Any, kept: int, *, recent_window: int, sinks: int, seed: int = 0, readout: str = "none", ragged: bool = False
 ) -> KVMask:
-    """A mask of ``kept`` random channels in every full-attention layer of a tiny model; a static read-out is random."""
+    """A mask of ``kept`` random channels in every full-attention layer of a tiny model; a static read-out is random.
+
+    ``ragged``: one channel more for every second head.
+    """
     rng = np.random.default_rng(seed)
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     keep = {
-        layer: tuple(np.sort(rng.choice(dim, kept, replace=False)).astype(np.int32) for _ in range(heads))
+        layer: tuple(
+            np.sort(rng.choice(dim, kept + (ragged and head % 2), replace=False)).astype(np.int32)
+            for head in range(heads)
+        )
         for layer, kind in enumerate(types)
         if kind == "full_attention"
     }
     extra = {}
     for layer, head in product(keep if readout == "static" else (), range(heads)):
         name = f"layers.{layer}.k.kv_heads.{head}.readout"
-        extra[f"{name}.matrix"] = 0.3 * rng.normal(size=(dim - kept, kept)).astype(np.float32)
-        extra[f"{name}.constant"] = rng.normal(size=dim - kept).astype(np.float32)
+        width = len(keep[layer][head])
+        extra[f"{name}.matrix"] = 0.3 * rng.normal(size=(dim - width, width)).astype(np.float32)
+        extra[f"{name}.constant"] = rng.normal(size=dim - width).astype(np.float32)
     return KVMask(
         "tiny",
         heads,
@@ -140,6 +147,21 @@ def test_any_sequence_of_updates(
     pruned = logits(grace_opt.runtime.cache(mask, model))
     use_zero_channel_attention(model, mask)
     torch.testing.assert_close(pruned, logits(DynamicCache(config=model.config)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["greedy", "beams", "chunks"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "GPTNeoX"])
+def test_heads_of_different_widths(family: str, more: dict[str, int]) -> None:
+    model = tiny_model(family)
+    for readout in ("none", "static"):
+        past = compare(model, random_mask(model, 7, recent_window=6, sinks=2, readout=readout, ragged=True), **more)
+    layer = past.layers[-1]
+    assert layer.get_seq_length() == 21 + 24 - 1
+    before = past.nbytes
+    past.batch_select_indices(torch.tensor([0, 2]))
+    assert past.nbytes < before
+    past.reset()
+    assert layer.tensors() == []
 
 
 @pytest.mark.parametrize("readout", ["none", "static", "prefill"])
@@ -297,9 +319,7 @@ def test_what_the_runtime_cannot_do_yet_is_said() -> None:
     model = tiny_model("Llama")
     mask = random_mask(model, 6, recent_window=3, sinks=0)
     fields = {name: getattr(mask, name) for name in mask.__dataclass_fields__}
-    ragged = {0: (np.arange(4, dtype=np.int32), np.arange(6, dtype=np.int32))}
     for change, message in (
-        ({"key_keep": ragged}, "keeps 4 to 6 channels a head"),
         ({"value_keep": mask.key_keep}, "prunes value channels"),
         ({"readout_scope": "static"}, "static read-out layers.0.k.kv_heads.0.readout is missing"),
         ({"prefill": "pruned"}, "pruned prefill"),

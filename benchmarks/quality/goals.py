@@ -89,7 +89,7 @@ def main(
             rows = [{"method": r["method"], "ratio": r["ratio"], "needles found": shown(r["needle"])} for r in records]
             show("Needles in 4096 tokens", rows, format)
         elif name == "positions":
-            _, _, long = load(model, text, 4, prefix, 8192 - prefix)
+            _, _, long = load(model, text, 2, prefix, 8192 - prefix)
             records = measure(loaded, tokenizer, long, [named(each, each, 0.7) for each in NAMES])
             rows = [
                 {"method": r["method"], **{f"{b['from']}": f"{b['mean']:.4f}" for b in r["kl_positions"]}}

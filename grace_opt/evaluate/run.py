@@ -152,7 +152,7 @@ def evaluate(
         for run, result in zip(runs, measured, strict=True):
             compression = run.compress(state)
             chunks = log_probabilities(state, compression, prune_generated=prune_generated)
-            kl, rise, agree = _divergence(state, dense, chunks)
+            kl, rise, agree = divergence(state, dense, chunks)
             result.kl.append(kl)
             result.rise.append(rise)
             result.agree.append(agree)
@@ -175,7 +175,7 @@ def evaluate(
     return records
 
 
-def _divergence(state: Prefill, dense: Sequence[Tensor], chunks: Any) -> tuple[np.ndarray, float, float]:
+def divergence(state: Prefill, dense: Sequence[Tensor], chunks: Any) -> tuple[np.ndarray, float, float]:
     """KL of each token, rise of the NLL a token, and agreement of the likeliest token."""
     targets = state.ids[0, state.prefix + 1 :]
     rise = agree = 0.0

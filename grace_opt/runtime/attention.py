@@ -42,10 +42,21 @@ class PrunedKeys:
         )
 
 
+class RaggedKeys:
+    """What a ragged layer's ``update`` returns in place of the key tensor; only `attention` can read it."""
+
+    def __init__(self, heads: list[Tensor], updates: list[tuple[PrunedKeys, Tensor]]) -> None:
+        self.heads = heads  #: int64[h], the KV heads of each part
+        self.updates = updates  #: each part's keys and values
+        self.layer = updates[0][0].layer
+
+    __getattr__ = PrunedKeys.__getattr__
+
+
 def attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | PrunedKeys,
+    key: Tensor | PrunedKeys | RaggedKeys,
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
@@ -65,6 +76,8 @@ def attention(
             keys.
     """
     refuse_unsupported(kwargs)
+    if isinstance(key, RaggedKeys):
+        return _by_part(module, query, key, attention_mask, dropout=dropout, scaling=scaling, **kwargs), None
     if not isinstance(key, PrunedKeys):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -97,6 +110,19 @@ def attention(
             parts.append(_attend(query[:, :, part], key, value, mask, scaling, new - low, dropout))
         out = torch.cat(parts, dim=2)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _by_part(
+    module: torch.nn.Module, query: Tensor, key: RaggedKeys, attention_mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """`attention` of each part of a ragged layer, its heads put where they belong: [B, n, Hq, Dv]."""
+    group = query.shape[1] // sum(map(len, key.heads))
+    values = key.updates[0][1]
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], values.shape[-1], dtype=values.dtype)
+    for heads, (keys, part) in zip(key.heads, key.updates, strict=True):
+        asked = (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
+        out[:, :, asked] = attention(module, query[:, asked], keys, part, attention_mask, **kwargs)[0]
+    return out
 
 
 def _attend(

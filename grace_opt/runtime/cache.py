@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -13,6 +14,7 @@ from grace_opt.masks import KVMask, load_mask
 from grace_opt.readout import Readout
 from grace_opt.runtime import attention
 from grace_opt.runtime.layer import PrunedLayer
+from grace_opt.runtime.ragged import RaggedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,8 +36,8 @@ def cache(mask: KVMask | str | Path, model: PreTrainedModel) -> PrunedCache:
     layer. Sets the model's attention implementation to ``grace_opt``, which is SDPA wherever keys are not pruned.
 
     Raises:
-        InputError: for a mask of another model, a mask that this runtime cannot execute yet (pruned values, widths
-            that differ between the heads of a layer, pruned prefill), or a model whose attention cannot be replaced.
+        InputError: for a mask of another model, a mask that this runtime cannot execute yet (pruned values, pruned
+            prefill), or a model whose attention cannot be replaced.
     """
     mask = mask if isinstance(mask, KVMask) else load_mask(mask)
     attention.require_attention_interface(model)
@@ -51,16 +53,10 @@ def cache(mask: KVMask | str | Path, model: PreTrainedModel) -> PrunedCache:
                 f"layer {index} of this model needs a {type(layers[index]).__name__}, whose channels cannot be pruned "
                 "yet; leave the layer out of the mask"
             )
-        widths = {len(kept) for kept in keep}
-        if len(widths) > 1:
-            raise InputError(
-                f"layer {index} of this mask keeps {min(widths)} to {max(widths)} channels a head, and the runtime "
-                "cannot execute widths that differ between heads yet; solve with the uniform budget"
-            )
-        rows = torch.tensor([kept.tolist() for kept in keep], dtype=torch.long).view(len(keep), -1)
-        layers[index] = PrunedLayer(
-            rows, mask.head_dim, mask.sinks, mask.recent_window, index, _readouts(mask, index, len(keep))
-        )
+        rows = [torch.from_numpy(kept.astype(np.int64)) for kept in keep]
+        rest = (mask.head_dim, mask.sinks, mask.recent_window, index, _readouts(mask, index, len(keep)))
+        ragged = len({len(kept) for kept in keep}) > 1
+        layers[index] = RaggedLayer(rows, *rest) if ragged else PrunedLayer(torch.stack(rows), *rest)
     model.set_attn_implementation(attention.NAME)
     return PrunedCache(layers=layers)
 
@@ -75,7 +71,7 @@ def cache_nbytes(past: Cache) -> int:
     """Bytes of every tensor that a transformers cache holds, each storage counted once and whole."""
     storages: dict[int, int] = {}
     for layer in past.layers:
-        held = layer.tensors() if isinstance(layer, PrunedLayer) else vars(layer).values()
+        held = layer.tensors() if isinstance(layer, PrunedLayer | RaggedLayer) else vars(layer).values()
         for tensor in held:
             if isinstance(tensor, torch.Tensor) and tensor.numel():
                 storage = tensor.untyped_storage()
@@ -87,6 +83,6 @@ def full_cache_nbytes(past: Cache) -> int:
     """Bytes that the same tokens would take if no channel were pruned."""
     total = cache_nbytes(past)
     for layer in past.layers:
-        if isinstance(layer, PrunedLayer):
+        if isinstance(layer, PrunedLayer | RaggedLayer):
             total += layer.full_nbytes() - cache_nbytes(Cache(layers=[layer]))
     return total
