@@ -695,9 +695,15 @@ def _by_layer(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row = rows.setdefault(f"{layer}.{kind}", {"layer": layer, "kind": kind, "heads": 0, "objective": 0.0})
         row["heads"] += 1
         row["objective"] += record["objective"]
-        row["pruned"] = f"{record['prune']} of {record['n']}"
+        row["most"] = max(record["prune"], row.get("most", 0))
+        row["least"] = min(record["prune"], row.get("least", record["n"]))
+        least = f"{row['least']} to " if row["least"] < row["most"] else ""
+        row["pruned"] = f"{least}{row['most']} of {record['n']}"
         row.setdefault("statuses", set()).add(record["status"])
-    return [{**row, "statuses": ", ".join(sorted(row["statuses"]))} for row in rows.values()]
+    shown = ("layer", "kind", "heads", "objective", "pruned")
+    return [
+        {**{name: row[name] for name in shown}, "statuses": ", ".join(sorted(row["statuses"]))} for row in rows.values()
+    ]
 
 
 def _summary_columns(summary: list[dict[str, Any]]) -> list[str]:

@@ -158,9 +158,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.readouts != "prefill":
             return
         tokens, rows = keys.shape[2], []
+        starts = [0] * len(keys) if self._first is None else self._first.tolist()
+        if tokens - min(starts) <= self.sink_count + self.recent_window:
+            return
         keep = self._selection.order[:, : self.width].cpu().numpy()
-        for row in range(len(keys)):
-            first = 0 if self._first is None else int(self._first[row])
+        for row, first in enumerate(starts):
             if tokens - first <= self.sink_count + self.recent_window:
                 zeros = np.zeros((self._selection.shape[1] - self.width, self.width))
                 rows.append([Readout(zeros.sum(1), zeros)] * len(keep))
@@ -169,7 +171,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             whole = (self.sink_count, self.recent_window)
             seen = Observed(query[row, :, last:], keys[row, :, first:], value[row, :, first:], scaling, *whole)
             about = moments(seen.keys[:, seen.prunable], seen.token_weights, MIXING["key"])
-            rows.append([fit(each, np.sort(kept)) for each, kept in zip(about, keep, strict=True)])
+            rows.append([fit(each, kept) for each, kept in zip(about, keep, strict=True)])
         self._set_readouts(rows)
         self._recent = self._residual(self.kept[:, :, self.length - self._recent.shape[2] :], self._recent)
         if self.sinks is not None:
