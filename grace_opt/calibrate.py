@@ -39,6 +39,7 @@ class Calibration:
         protection: the salient channels to protect, or None for none.
         objective: what the graphs of keys measure: ``logit``, ``centered`` or ``attention`` (with ``spans``).
         value_objective: what graphs of values measure, ``norm``, ``read`` or ``output``; None for no such graphs.
+        rope_pairs: tie the two key channels of each RoPE pair, for exports (`grace_opt.graphs.rope`).
     """
 
     tokens: int = 4096
@@ -50,6 +51,7 @@ class Calibration:
     objective: str = "attention"
     spans: int | None = 2
     value_objective: str | None = None
+    rope_pairs: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("objective", OBJECTIVES), ("value_objective", VALUE_OBJECTIVES)):
@@ -157,7 +159,12 @@ def calibrate(
         metadata["protection_multiple"] = options.protection.multiple
         metadata["protection_at_least"] = options.protection.at_least
         metadata["protection_at_most"] = options.protection.at_most
-    return GraphBundle(graphs.heads(options.protection), {name: str(value) for name, value in metadata.items()})
+    groups = None
+    if options.rope_pairs:
+        from grace_opt.graphs.rope import rope_pairs
+
+        groups = rope_pairs(model, capture.attention, head_dim)
+    return GraphBundle(graphs.heads(options.protection, groups), {name: str(value) for name, value in metadata.items()})
 
 
 class _Capture:
@@ -169,6 +176,7 @@ class _Capture:
         self.sliding_layers: set[int] = set()
         self.geometry = (0, 0, 0)
         self.value_head_dim = 0
+        self.attention: Any = None
         self.scaling: float | None = None
 
     def __call__(
@@ -196,6 +204,7 @@ class _Capture:
             self.options.spans,
         )
         self.geometry = (query.shape[1], key.shape[1], key.shape[-1])
+        self.attention = module
         self.value_head_dim = value.shape[-1]
         self.scaling = scaling
         self.graphs.add(module.layer_idx, observed)

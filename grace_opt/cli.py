@@ -115,6 +115,9 @@ def calibrate(
         str | None,
         _option("--value-objective", help="Also make graphs of values: norm, read or output; none if left out."),
     ] = None,
+    rope_pairs: Annotated[
+        bool, _option("--rope-pairs/--no-rope-pairs", help="Tie the two key channels of each RoPE pair, for exports.")
+    ] = False,
     protection_multiple: Annotated[
         float, _option("--protection-multiple", help="Salient: key norm above mean + this many standard deviations.")
     ] = 1.0,
@@ -147,6 +150,7 @@ def calibrate(
         protection=Protection(protection_multiple, protection_at_least, protection_at_most),
         objective=objective,
         value_objective=value_objective,
+        rope_pairs=rope_pairs,
     )
     _require_writable(output)
     _hush_transformers(quiet)

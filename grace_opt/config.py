@@ -22,6 +22,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "sinks",
         "objective",
         "value_objective",
+        "rope_pairs",
         "protection_multiple",
         "protection_at_least",
         "protection_at_most",

@@ -24,6 +24,7 @@ from grace_opt import (
     load_bundle,
     salient_channels,
     save_bundle,
+    solve,
 )
 from grace_opt.graphs.sums import GraphSums
 from grace_opt.runtime.attention import register
@@ -279,3 +280,34 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         save_bundle(bundle, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("family", "pairs"),
+    [
+        ("Llama", [(i, i + 8) for i in range(8)]),
+        ("Gemma3Text", [(i, i + 8) for i in range(8)]),
+        ("Cohere", [(2 * i, 2 * i + 1) for i in range(8)]),
+        ("GPTNeoX", [(0, 2), (1, 3)]),
+        ("StableLm", [(0, 2), (1, 3)]),
+        ("Glm4", [(2 * i, 2 * i + 1) for i in range(4)]),
+    ],
+)
+def test_rope_pairs_are_tied_as_the_model_turns_them(family: str, pairs: list[tuple[int, int]]) -> None:
+    options = Calibration(tokens=64, window=64, recent_window=5, rope_pairs=True)
+    bundle = calibrate(tiny_model(family), ByteTokenizer(), TEXT, options)
+    labels = np.arange(16)
+    for first, second in pairs:
+        labels[second] = first
+    for head in bundle.heads:
+        np.testing.assert_array_equal(head.groups, labels)
+    for problem in bundle.problems(0.45):
+        solution = solve(problem, "branch-and-bound")
+        assert solution.pruned is not None
+        assert all((first in solution.pruned) == (second in solution.pruned) for first, second in pairs)
+
+
+def test_a_model_without_rope_has_no_pairs() -> None:
+    options = Calibration(tokens=64, window=64, recent_window=5, rope_pairs=True)
+    with pytest.raises(InputError, match="OPTForCausalLM has no rotary embedding"):
+        calibrate(tiny_model("OPT"), ByteTokenizer(), TEXT, options)

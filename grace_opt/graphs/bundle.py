@@ -62,7 +62,8 @@ class GraphBundle:
     metadata: Mapping[str, str]
 
     def problems(self, ratio: float, *, value_ratio: float | None = None, protect: bool = True) -> list[SubsetProblem]:
-        """One problem a head that prunes floor(ratio * n) of its n channels (the uniform budget).
+        """One problem a head that prunes floor(ratio * n) of its n channels (the uniform budget), or one less where
+        all channels are tied in pairs.
 
         ``value_ratio`` is for graphs of values, ``ratio`` if left out. ``protect=False`` ignores the bundle's protected
         channels. Raises InputError if a ratio is outside [0, 1), or leaves a head with more to prune than is prunable.
@@ -74,7 +75,7 @@ class GraphBundle:
         return [
             SubsetProblem(
                 head.weights,
-                prune=min(math.floor(ratios[head.kind] * len(head.weights) + 1e-9), len(head.weights) - 1),
+                prune=_count(ratios[head.kind], head),
                 protected=head.protected if protect else None,
                 groups=head.groups,
                 name=head.name,
@@ -89,6 +90,13 @@ class GraphBundle:
             return int(text)
         except ValueError:
             raise InputError(f"the bundle's metadata says {key} = {text!r}, which is not a whole number") from None
+
+
+def _count(ratio: float, head: HeadGraph) -> int:
+    """How many channels a ratio prunes: rounded down, and to whole pairs where all channels are tied in pairs."""
+    count = min(math.floor(ratio * len(head.weights) + 1e-9), len(head.weights) - 1)
+    paired = head.groups is not None and (np.unique(head.groups, return_counts=True)[1] == 2).all()
+    return count - count % 2 if paired else count
 
 
 def save_bundle(bundle: GraphBundle, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from grace_opt.graphs.bundle import HeadGraph, Kind
 from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES
 from grace_opt.graphs.observed import Observed
 from grace_opt.graphs.protection import Protection, salient_channels
-from grace_opt.problem import FloatArray
+from grace_opt.problem import FloatArray, IntArray
 
 
 @dataclass
@@ -55,8 +55,11 @@ class GraphSums:
         for name, term in terms.items():
             sums[name] = sums[name] + term if name in sums else term
 
-    def heads(self, protection: Protection | None) -> tuple[HeadGraph, ...]:
-        """The graphs, with ``protected`` key channels from the key norms unless ``protection`` is None."""
+    def heads(self, protection: Protection | None, groups: IntArray | None = None) -> tuple[HeadGraph, ...]:
+        """The graphs, with ``protected`` key channels from the key norms unless ``protection`` is None.
+
+        ``groups`` int64[n] ties key channels; of a group with a protected channel all are protected.
+        """
         graphs = []
         for layer, kind in sorted(self._sums):
             count = self.windows[layer]
@@ -70,10 +73,14 @@ class GraphSums:
                 protected = None
                 if protection is not None and kind == "key":
                     protected = salient_channels(np.sqrt(np.diagonal(mean["key_gram"][head])), protection)
+                    if groups is not None:
+                        protected = np.isin(groups, groups[protected])
                 # One rounding may differ between (i, j) and (j, i) of a blocked product.
                 arrays: dict[str, Any] = {
                     name: _symmetric(each[head]) if each.ndim == 3 else each[head] for name, each in mean.items()
                 }
+                if kind == "key":
+                    arrays["groups"] = groups
                 graphs.append(HeadGraph(layer, head, kind, protected=protected, **arrays))
         return tuple(sorted(graphs, key=lambda graph: (graph.layer, graph.kv_head, graph.kind)))
 
