@@ -136,7 +136,10 @@ def problems_of(bundle: GraphBundle, budget: Budget, sharing: Sharing, *, protec
 
 
 def bytes_per_channel(bits: int | None, element_size: int) -> float:
-    """What one channel of an old token takes; of integers, with its share of the 16-bit scales and zeros of 32."""
+    """Bytes of one channel of an old token; of integers, with its share of the 16-bit scales and zeros of 32.
+
+    A little less than what is held where tokens (keys) or a head's kept channels (values) are no multiple of 32.
+    """
     return element_size if bits is None else (bits + 1) / 8
 
 

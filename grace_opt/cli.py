@@ -431,7 +431,9 @@ def evaluate(
     ] = None,
     dataset: Annotated[
         str | None,
-        _option("--dataset", help="longbench:TASK or ruler:LENGTH in place of --text, from the Hugging Face hub."),
+        _option(
+            "--dataset", help="longbench:TASK or ruler:LENGTH, from the Hugging Face hub or from a copy at --text."
+        ),
     ] = None,
     method_option: Annotated[
         list[str] | None, _option("--method-option", help="NAME.OPTION=VALUE, a field of method NAME; repeatable.")
@@ -474,12 +476,11 @@ def evaluate(
     from grace_opt.solve import versions_of
 
     planned = _planned(method or [], method_option or [], ratio or [], value_ratio, budget_bytes or [], mask or [])
-    if dataset is not None and text is not None:
-        raise InputError("--text and --dataset exclude each other; give one of them")
     if output is not None:
         _require_writable(output / "records.jsonl")
     name, _, split = (dataset or "").partition(":")
-    texts = read_documents(text) if dataset is None else load_dataset_documents(name, split)
+    local = None if text is None else Path(text)
+    texts = read_documents(text) if dataset is None else load_dataset_documents(name, split, local)
     _hush_transformers(quiet)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     chosen, needles = prompts(

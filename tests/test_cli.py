@@ -273,6 +273,10 @@ def test_budgets_readouts_and_values_on_a_tiny_folder(tiny_folder: Path, tmp_pat
     measured = ("evaluate", tiny_folder, "--text", tmp_path / "text.txt", "--prefix", 80, "--scored", 10, "-f", "json")
     record = records(inside(*measured, "--mask", mask))[0]
     assert (record["ratio"], record["value_ratio"]) == (0.5, 0.25)
+    rows = "".join(json.dumps({"context": WORDS, "input": "w5 ?", "_id": str(i)}) + "\n" for i in range(2))
+    (tmp_path / "narrativeqa.jsonl").write_text(rows)
+    local = ("--text", tmp_path, "--dataset", "longbench:narrativeqa", "--prefix", 80, "--scored", 10, "-f", "json")
+    assert records(inside("evaluate", tiny_folder, *local, "--mask", mask))[0]["documents"] == 2
     for message, arguments in {
         "give either --ratio or --budget-bytes": solved,
         "budget must be uniform or shared": (*solved, "--ratio", 0.5, "--budget", "equal"),
@@ -284,7 +288,7 @@ def test_budgets_readouts_and_values_on_a_tiny_folder(tiny_folder: Path, tmp_pat
         "a method needs a budget": (*measured, "--method", "think"),
         "there is nothing to evaluate": measured,
         "did you mean 'grace'": (*measured, "--method", "garce", "--ratio", 0.5),
-        "exclude each other": (*measured, "--dataset", "ruler:4096", "--mask", mask),
+        "unknown dataset 'squad'": (*measured, "--dataset", "squad:test", "--mask", mask),
         "context of 256": (*measured, "--method", "think", "--ratio", 0.5, "--prefix", 300),
         "no prunable key": (*measured, "--method", "think", "--ratio", 0.5, "--prefix", 20),
         "is outside the text": (*measured, "--mask", mask, "--needle-length", 90, "--needle-depth", 2),
