@@ -94,12 +94,16 @@ def allot(
     share = partial(shared, floor=sharing.floor, align=sharing.align)
     if budget.bytes_per_token is None:
         totals = {kind: sum(p.n for p in heads) * budget.of(kind) for kind, heads in problems.items()}
-        return {kind: share(curves[kind], math.floor(total + 1e-9)) for kind, total in totals.items()}
+        return {
+            kind: share(curves[kind], math.floor(total + 1e-9), whole=float(sum(p.n for p in problems[kind])))
+            for kind, total in totals.items()
+        }
     flat = [(kind, curve) for kind, each in curves.items() for curve in each]
     pruned = share(
         [sharing.value_weight * curve if kind == "value" else curve for kind, curve in flat],
         whole - budget.bytes_per_token,
         costs=[costs[kind] for kind, _ in flat],
+        whole=whole,
     )
     return {kind: [m for (of, _), m in zip(flat, pruned, strict=True) if of == kind] for kind in problems}
 
@@ -173,6 +177,7 @@ def shared(
     floor: int = 0,
     align: int = 1,
     costs: Sequence[float] | None = None,
+    whole: float | None = None,
 ) -> list[int]:
     """How many channels each head prunes so that ``total`` are saved in all, at little error.
 
@@ -188,9 +193,12 @@ def shared(
     most = [align * max(0, (len(curve) - 1 - floor) // align) for curve in curves]
     possible = sum(cost * limit for cost, limit in zip(each, most, strict=True))
     if total > possible * (1 + 1e-12):
+        if whole is None:
+            whole = float(sum(len(curve) - 1 for curve in curves))
         raise InputError(
-            f"{total:g} cannot be saved: {len(curves)} heads that keep at least {floor} channels each, in multiples of "
-            f"{align}, leave {possible:g} to save; prune less or lower the floor"
+            f"the budget is below the floors: {len(curves)} heads that keep at least {floor} channels each, in "
+            f"multiples of {align}, take at least {whole - possible:g} of {whole:g} and {whole - total:g} is asked for; "
+            "raise the budget or lower the floor"
         )
     pruned = [0] * len(curves)
     slopes = [_hull_slopes(curve[: limit + 1 : align]) for curve, limit in zip(curves, most, strict=True)]

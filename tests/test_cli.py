@@ -281,7 +281,7 @@ def test_budgets_readouts_and_values_on_a_tiny_folder(tiny_folder: Path, tmp_pat
         "give either --ratio or --budget-bytes": solved,
         "budget must be uniform or shared": (*solved, "--ratio", 0.5, "--budget", "equal"),
         "read-out must be one of none, prefill, static": (*solved, "--ratio", 0.5, "--readout", "all"),
-        "lower the floor": (*solved, "--budget-bytes", 10, "--budget", "shared"),
+        "below the floors": (*solved, "--budget-bytes", 10, "--budget", "shared"),
         "change align": (*solved, "--ratio", 0.5, "--budget", "shared", "--align", 3),
         "must be positive": (*solved, "--budget-bytes", 0),
         "did you mean 'attention'": ("calibrate", tiny_folder, "-o", graphs, *common, "--objective", "atention"),

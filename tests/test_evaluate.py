@@ -72,6 +72,28 @@ def test_pruning_as_tokens_leave_the_window_equals_the_real_cache_token_by_token
     assert past.nbytes >= held_bytes(state, compression) * PREFIX * (len(keep) / len(state.past.layers)) * 0.5
 
 
+@pytest.mark.model
+def test_the_real_model_decodes_from_ragged_heads_with_a_read_out_as_it_is_scored(smollm2: tuple[Any, Any]) -> None:
+    from pydoc_data.topics import topics
+
+    model, tokenizer = smollm2
+    ids = tokenizer(" ".join(topics[name] for name in sorted(topics)[:20]))["input_ids"][:312]
+    state = prefill(model, ids, 300, 32)
+    compression = compressed(state, METHODS["grace-opt"], Budget(0.6))
+    heads = {i: each.heads["key"] for i, each in compression.layers.items()}
+    keep = {i: tuple(head.encode.numpy().astype(np.int32) for head in each) for i, each in heads.items()}
+    assert len({len(kept) for each in keep.values() for kept in each}) > 10
+    past = grace_opt.runtime.cache(KVMask("smollm2-135m", 3, 64, keep, readout_scope="prefill"), model)
+    with torch.inference_mode():
+        model(torch.tensor([ids[:300]]), past_key_values=past)
+        rows = [model(torch.tensor([[token]]), past_key_values=past).logits[0, -1] for token in ids[300:]]
+    real = torch.stack(rows).log_softmax(-1)
+    torch.testing.assert_close(scored(state, compression, True), real, atol=2e-3, rtol=1e-4)
+    plain = scored(state, None)
+    divergence = (plain.exp() * (plain - real)).sum(-1).mean()
+    assert 0 < divergence < 0.1
+
+
 def test_kept_tokens_see_the_prompt_as_stored() -> None:
     """The definition: the prompt's old keys and values are replaced, all else stays; no attention function of ours."""
     model = tiny_model("Llama")
