@@ -197,8 +197,8 @@ def shared(
             whole = float(sum(len(curve) - 1 for curve in curves))
         raise InputError(
             f"the budget is below the floors: {len(curves)} heads that keep at least {floor} channels each, in "
-            f"multiples of {align}, take at least {whole - possible:g} of {whole:g} and {whole - total:g} is asked for; "
-            "raise the budget or lower the floor"
+            f"multiples of {align}, take at least {whole - possible:g} of {whole:g}, and {whole - total:g} is asked "
+            "for; raise the budget or lower the floor"
         )
     pruned = [0] * len(curves)
     slopes = [_hull_slopes(curve[: limit + 1 : align]) for curve, limit in zip(curves, most, strict=True)]

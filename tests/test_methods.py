@@ -138,7 +138,7 @@ def test_a_budget_in_bytes_is_kept_and_shared_between_keys_and_values(name: str)
     compression = compress(METHODS[name], layers, Budget(bytes_per_token=0.6 * full))
     held = sum(element * width for kind in ("key", "value") for w in compression.widths(kind).values() for width in w)
     assert 0.5 * full < held <= 0.6 * full
-    with pytest.raises(InputError, match="below the floors: .* take at least 192 of 672 and 1 is asked"):
+    with pytest.raises(InputError, match="below the floors: .* take at least 192 of 672, and 1 is asked"):
         compress(method("grace-opt"), layers, Budget(bytes_per_token=1))
 
 

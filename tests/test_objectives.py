@@ -182,7 +182,7 @@ def test_a_shared_budget_is_the_best_one_for_convex_curves(seed: int, heads: int
 
 def test_a_budget_below_the_floors_names_what_is_possible() -> None:
     with pytest.raises(
-        InputError, match="2 heads that keep at least 2 channels each.* take at least 4 of 16 and 1 is asked"
+        InputError, match="2 heads that keep at least 2 channels each.* take at least 4 of 16, and 1 is asked"
     ):
         shared([np.arange(9.0)] * 2, 15, floor=2)
 
