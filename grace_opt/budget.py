@@ -86,7 +86,18 @@ def allot(
     allow.
     """
     if sharing.budget == "uniform":
-        return {kind: _uniform(heads, budget.of(kind), budget, sharing, whole) for kind, heads in problems.items()}
+        if budget.bytes_per_token is None:
+            up = sharing.rounding == "ceil"
+            return {kind: _uniform(heads, budget.of(kind), up=up) for kind, heads in problems.items()}
+        prunable = sum(costs[kind] * sum(p.n for p in heads) for kind, heads in problems.items())
+        ratio = max(0.0, (whole - budget.bytes_per_token) / prunable)
+        if ratio >= 1 or any(ratio * p.n > p.prunable for heads in problems.values() for p in heads):
+            raise InputError(
+                f"an old token takes {whole:g} bytes, of which a uniform budget can prune less than {prunable:g} here, "
+                f"and {budget.bytes_per_token:g} is asked for; raise the budget, prune values too or protect fewer "
+                "channels"
+            )
+        return {kind: _uniform(heads, ratio, up=True) for kind, heads in problems.items()}
     for heads in problems.values():
         if heads[0].n % sharing.align:
             raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {sharing.align}; change align")
@@ -147,12 +158,9 @@ def bytes_per_channel(bits: int | None, element_size: int) -> float:
     return element_size if bits is None else (bits + 1) / 8
 
 
-def _uniform(
-    problems: Sequence[SubsetProblem], ratio: float, budget: Budget, sharing: Sharing, whole: float
-) -> list[int]:
-    n, up = problems[0].n, sharing.rounding == "ceil"
-    if budget.bytes_per_token is not None:
-        ratio, up = max(0.0, 1 - budget.bytes_per_token / whole), True
+def _uniform(problems: Sequence[SubsetProblem], ratio: float, *, up: bool) -> list[int]:
+    """The same number for each head, or all that is prunable of it."""
+    n = problems[0].n
     count = math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9)
     return [min(count, problem.prunable) for problem in problems]
 

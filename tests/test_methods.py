@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observed import LAYERS, observed_layers
 
-from grace_opt import InputError, KVMask
-from grace_opt.budget import Budget
+from grace_opt import InputError, KVMask, SubsetProblem
+from grace_opt.budget import Budget, Sharing, allot
 from grace_opt.evaluate.prefill import Prefill, prefill
 from grace_opt.evaluate.run import held_bytes
 from grace_opt.graphs.observed import Observed
@@ -140,6 +140,20 @@ def test_a_budget_in_bytes_is_kept_and_shared_between_keys_and_values(name: str)
     assert 0.5 * full < held <= 0.6 * full
     with pytest.raises(InputError, match="below the floors: .* take at least 192 of 672, and 1 is asked"):
         compress(method("grace-opt"), layers, Budget(bytes_per_token=1))
+
+
+def test_a_uniform_budget_in_bytes_counts_what_stays_whole() -> None:
+    layers = observed_layers(1)
+    whole = LAYERS["heads"] * len(layers) * 4 * (LAYERS["n"] + LAYERS["nv"])
+    problems = {
+        "key": [SubsetProblem(np.eye(16), 0, name=f"layers.{i}.kv_heads.{h}.key") for i in layers for h in (0, 1)]
+    }
+    sharing = Sharing(budget="uniform")
+    costs: Any = {"key": 4.0, "value": 4.0}
+    keys_only = allot(problems, Budget(bytes_per_token=0.7 * whole), sharing, queries=1, costs=costs, whole=whole)
+    assert set(keys_only["key"]) == {9}  # ceil(.3 of 28 channels)
+    with pytest.raises(InputError, match="of which a uniform budget can prune less than 384 here"):
+        allot(problems, Budget(bytes_per_token=0.4 * whole), sharing, queries=1, costs=costs, whole=whole)
 
 
 def test_bytes_of_integers_are_shared_by_what_they_save() -> None:
