@@ -72,7 +72,7 @@ def main(
 ) -> None:
     """Measure and print."""
     model, tokenizer = load_model(model_name)
-    options = Calibration(tokens=2048)
+    options = Calibration(tokens=2048, objective="logit")
     windows = list(token_windows(read_pieces(None), tokenizer, 2048, 1024))
 
     def plain_forward() -> None:

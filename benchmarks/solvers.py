@@ -153,7 +153,7 @@ def random_model_heads(ratio: float) -> list[SubsetProblem]:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256}
     transformers.set_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, initializer_range=0.05)).eval()
-    return calibrate(model, tokenizer, read_pieces(None), Calibration(tokens=2048)).problems(ratio)
+    return calibrate(model, tokenizer, read_pieces(None), Calibration(tokens=2048, objective="logit")).problems(ratio)
 
 
 def model_row(label: str, bundle: GraphBundle, heads: int = 256) -> Row:
@@ -217,7 +217,9 @@ def main(
         bundles = {path.stem: load_bundle(path) for path in bundle}
     else:
         model, tokenizer = load_model("smollm2-135m")
-        bundles = {"smollm2-135m": calibrate(model, tokenizer, read_pieces(None), Calibration(tokens=2048))}
+        bundles = {
+            "smollm2-135m": calibrate(model, tokenizer, read_pieces(None), Calibration(tokens=2048, objective="logit"))
+        }
         bundles[HEADS.stem] = load_bundle(HEADS)
     others = ["independent", "greedy", "spectral", "sdp", *installed([PenaltySolver(), PenaltySolver("tabu", reads=1)])]
     fast, slow = installed([GurobiSolver()]), [*installed([SCIPSolver()]), "miqp"]
