@@ -62,7 +62,7 @@ class Sharing:
     value_weight: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.align < 1 or self.floor < 0 or not self.value_weight >= 0:
+        if self.align < 1 or self.floor < 0 or not 0 <= self.value_weight < math.inf:
             raise InputError(
                 f"align must be at least 1, floor and value_weight not negative; got {self.align}, {self.floor} and "
                 f"{self.value_weight}"
@@ -89,13 +89,17 @@ def allot(
         if budget.bytes_per_token is None:
             up = sharing.rounding == "ceil"
             return {kind: _uniform(heads, budget.of(kind), up=up) for kind, heads in problems.items()}
-        prunable = sum(costs[kind] * sum(p.n for p in heads) for kind, heads in problems.items())
-        ratio = max(0.0, (whole - budget.bytes_per_token) / prunable)
-        if ratio >= 1 or any(ratio * p.n > p.prunable for heads in problems.values() for p in heads):
+        ratio = max(
+            0.0,
+            (whole - budget.bytes_per_token)
+            / sum(costs[kind] * sum(p.n for p in heads) for kind, heads in problems.items()),
+        )
+        if any(math.ceil(ratio * p.n - 1e-9) > min(p.prunable, p.n - 1) for heads in problems.values() for p in heads):
+            most = min(min(p.prunable, p.n - 1) / p.n for heads in problems.values() for p in heads)
+            least = whole - most * (whole - budget.bytes_per_token) / ratio
             raise InputError(
-                f"an old token takes {whole:g} bytes, of which a uniform budget can prune less than {prunable:g} here, "
-                f"and {budget.bytes_per_token:g} is asked for; raise the budget, prune values too or protect fewer "
-                "channels"
+                f"an old token takes at least {math.ceil(least)} of {whole:g} bytes if every head prunes the same, and "
+                f"{budget.bytes_per_token:g} is asked for; raise the budget, prune values too or protect fewer channels"
             )
         return {kind: _uniform(heads, ratio, up=True) for kind, heads in problems.items()}
     for heads in problems.values():
@@ -106,7 +110,7 @@ def allot(
     if budget.bytes_per_token is None:
         totals = {kind: sum(p.n for p in heads) * budget.of(kind) for kind, heads in problems.items()}
         return {
-            kind: share(curves[kind], math.floor(total + 1e-9), whole=float(sum(p.n for p in problems[kind])))
+            kind: share(curves[kind], math.floor(total + 1e-9), sizes=[p.n for p in problems[kind]])
             for kind, total in totals.items()
         }
     flat = [(kind, curve) for kind, each in curves.items() for curve in each]
@@ -115,6 +119,7 @@ def allot(
         whole - budget.bytes_per_token,
         costs=[costs[kind] for kind, _ in flat],
         whole=whole,
+        sizes=[problem.n for heads in problems.values() for problem in heads],
     )
     return {kind: [m for (of, _), m in zip(flat, pruned, strict=True) if of == kind] for kind in problems}
 
@@ -159,10 +164,10 @@ def bytes_per_channel(bits: int | None, element_size: int) -> float:
 
 
 def _uniform(problems: Sequence[SubsetProblem], ratio: float, *, up: bool) -> list[int]:
-    """The same number for each head, or all that is prunable of it."""
+    """The same number for each head; a head with less to prune is refused when its problem is made."""
     n = problems[0].n
     count = math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9)
-    return [min(count, problem.prunable) for problem in problems]
+    return [min(count, n - 1)] * len(problems)
 
 
 def _comparable(problems: Sequence[SubsetProblem], kind: Kind, queries: int) -> list[FloatArray]:
@@ -186,23 +191,28 @@ def shared(
     align: int = 1,
     costs: Sequence[float] | None = None,
     whole: float | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> list[int]:
     """How many channels each head prunes so that ``total`` are saved in all, at little error.
 
     ``curves[h][m]`` is the error of head h with m channels pruned, m = 0 .. the most it can prune; only the lower
     convex hull of a curve matters. Each head keeps at least ``floor`` channels and prunes a multiple of ``align``.
-    ``costs`` are what pruning one channel of each head saves (1 if left out), in the unit of ``total``.
+    ``costs`` are what pruning one channel of each head saves (1 if left out), in the unit of ``total``; ``sizes`` the
+    heads' channels, where protected ones end a curve early; ``whole`` what there is with nothing pruned, for the message.
 
     Channels are pruned, ``align`` at a time, where the marginal error for what is saved is least: exact for convex
     curves and equal costs (Fox, Operations Research 14, 1966). At least ``total`` is saved, and less than one step
     more. O(heads n log heads). Raises InputError if the floors leave too little to prune, and says how much.
     """
     each = [1.0] * len(curves) if costs is None else list(costs)
-    most = [align * max(0, (len(curve) - 1 - floor) // align) for curve in curves]
+    sizes = [len(curve) - 1 for curve in curves] if sizes is None else sizes
+    most = [
+        align * max(0, min(len(curve) - 1, size - floor) // align) for curve, size in zip(curves, sizes, strict=True)
+    ]
     possible = sum(cost * limit for cost, limit in zip(each, most, strict=True))
     if total > possible * (1 + 1e-12):
         if whole is None:
-            whole = float(sum(len(curve) - 1 for curve in curves))
+            whole = float(sum(sizes))
         raise InputError(
             f"the budget is below the floors: {len(curves)} heads that keep at least {floor} channels each, in "
             f"multiples of {align}, take at least {whole - possible:g} of {whole:g}, and {whole - total:g} is asked "

@@ -276,9 +276,9 @@ def solve(
                     f"{len(finished)} of {len(problems)} heads were finished; their records are in {output}, no mask is"
                 )
             raise
+    records = write_records(solutions)
     mask = mask_from_solutions(graphs, solutions, recent_window=recent_window, sinks=sinks, readout=readout)
     save_mask(mask, output)
-    records = write_records(solutions)
     if format is Format.JSON:
         _print_records(records, format)
         return
@@ -760,6 +760,8 @@ def _allotted(
     if (ratio is None) == (budget_bytes is None):
         raise InputError("give either --ratio or --budget-bytes")
     if ratio is None:
+        if value_ratio is not None:
+            raise InputError("--value-ratio goes with --ratio; --budget-bytes shares its bytes between keys and values")
         asked = Budget(bytes_per_token=budget_bytes)
     else:
         asked = Budget(ratio, ratio if value_ratio is None else value_ratio)
@@ -813,8 +815,8 @@ def _quality_row(record: dict[str, Any]) -> dict[str, Any]:
 
     return {
         "method": record["method"],
-        "ratio": record["ratio"],
-        "values": record["value_ratio"],
+        "ratio": record["ratio"] if record["budget_bytes"] is None else f"{record['budget_bytes']:g} B",
+        "values": record["value_ratio"] if record["budget_bytes"] is None else "-",
         "KL/token": shown(record["kl"]),
         "NLL rise": f"{record['nll']['mean']:+.4f}",
         "top-1 %": f"{100 * record['top1']:.1f}",

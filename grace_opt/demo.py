@@ -97,8 +97,8 @@ def run(
 
     from grace_opt.generate import check_context, forced, kl_per_token
 
-    if new_tokens < 1 or not 0 <= ratio < 1:
-        raise InputError(f"the demo needs a new token and a ratio in [0, 1), got {new_tokens} and {ratio}")
+    if new_tokens < 1 or not 0 < ratio < 1:
+        raise InputError(f"the demo needs a new token and a ratio between 0 and 1, got {new_tokens} and {ratio}")
     runner = create(solver)
     progress(f"load {model_name}", 0, 1)
     model, tokenizer = load_model(model_name)

@@ -54,9 +54,10 @@ class HeadMap:
         n, width = self.decode.shape
         if self.encode.dtype != torch.int64:
             return element_size * (2 * n * width + n)
-        dropped = self.decode.abs().sum(1) + self.constant.abs() > 0
+        dropped = torch.ones(n, dtype=torch.bool, device=self.decode.device)
         dropped[self.encode] = False
-        return 4 * width + element_size * int(dropped.any()) * (n - width) * (width + 1)
+        estimate = (width if self.decode[dropped].any() else 0) + int(self.constant[dropped].any())
+        return 4 * width * (width < n) + element_size * (n - width) * estimate
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -64,8 +65,12 @@ class Method(Sharing):
         if self.observation_window < 1:
             raise InputError(f"observation_window must be at least 1, got {self.observation_window}")
         for name in ("recent_window", "sinks", "ridge"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must not be negative, and finite; got {getattr(self, name)}")
+        if self.spans is not None and self.spans < 1:
+            raise InputError(f"spans must be at least 1, or none for a span a query; got {self.spans}")
+        if self.structure != "channels" and (self.key_bits or self.value_bits):
+            raise InputError(f"bits are for kept channels, and the structure is {self.structure!r}; leave them out")
         for name in ("mixing", "value_mixing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
@@ -99,6 +104,8 @@ def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
         return TypeAdapter(Method).validate_python({**vars(METHODS[name]), **given})
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # a check of the whole
+            raise InputError(f"method {name!r}: {first['ctx']['error']}") from None
         where = ".".join(map(str, first["loc"]))
         raise InputError(f"method {name!r}, option {where!r}: {first['msg']}, got {first['input']!r}") from None
 
@@ -106,7 +113,7 @@ def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
 def _parsed(key: str, value: Any) -> Any:
     """An option of the command line: numbers that must be one of a few, and None, are not parsed by pydantic."""
     if key in ("key_bits", "value_bits", "protection", "spans") and isinstance(value, str):
-        return None if value == "none" else int(value) if value.isdigit() else value
+        return None if value == "none" else int(value) if value.isdecimal() else value
     return value
 
 
@@ -131,6 +138,12 @@ def compress_by_mask(policy: Method, layers: Mapping[int, Observed], mask: KVMas
     for i in sorted({*mask.key_keep, *mask.value_keep}):
         if i not in layers:
             raise InputError(f"the mask prunes layer {i}, whose cache this model keeps in a way that cannot be pruned")
+        heads_here, _, dim = layers[i].keys.shape
+        if (heads_here, dim) != (mask.num_key_value_heads, mask.head_dim):
+            raise InputError(
+                f"the mask has {mask.num_key_value_heads} KV heads of {mask.head_dim} channels, the model has "
+                f"{heads_here} of {dim}; use a mask made for this model"
+            )
         heads: dict[Kind, list[HeadMap]] = {}
         for kind, keeps in zip(KINDS, (mask.key_keep, mask.value_keep), strict=True):
             kept = [each.astype(np.int64) for each in keeps.get(i, ())]

@@ -85,8 +85,10 @@ def fit(about: Moments, keep: np.ndarray, *, linear: bool = True, ridge: float =
     if linear and 0 < d < n:
         block = about.covariance[np.ix_(keep, keep)]
         shift = ridge * float(np.trace(block)) / d
-        if shift > 0:
-            matrix = np.linalg.solve(block + shift * np.eye(d), about.covariance[np.ix_(keep, dropped)]).T
+        both = about.covariance[np.ix_(keep, dropped)]
+        # Without a ridge the covariance may be singular: least squares of least norm.
+        solved = np.linalg.solve(block + shift * np.eye(d), both) if shift > 0 else np.linalg.pinv(block) @ both
+        matrix = solved.T
     return Readout(about.mean[dropped] - matrix @ about.mean[keep], matrix)
 
 

@@ -230,3 +230,18 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()] == [think, ours]
     assert json.loads((folder / "run.json").read_text())["command"][:2] == ["grace-opt", "evaluate"]
     assert {path.name for path in folder.glob("*.png")} >= {"pareto.png", "positions.png", "needles.png"}
+
+
+def test_integers_are_not_scored_where_they_would_depend_on_later_tokens() -> None:
+    model, tokenizer = tiny_model("Llama"), ByteTokenizer()
+    chosen, _ = prompts(model, tokenizer, [Document("a", "words " * 99)], PREFIX, SCORED, 1)
+    packed = runs({"grace-opt": method("grace-opt", {**SMALL, "key_bits": 4})}, [Budget(0.5)])
+    with pytest.raises(InputError, match="leave out --prune-generated or the bits"):
+        evaluate(model, tokenizer, chosen, packed, prune_generated=True)
+    other = KVMask("m", 4, 16, {0: tuple(np.arange(8, dtype=np.int32) for _ in range(4))}, recent_window=8, sinks=2)
+    with pytest.raises(InputError, match="the mask has 4 KV heads of 16 channels, the model has 2 of 16"):
+        evaluate(model, tokenizer, chosen, [mask_run("other", other)])
+    half = KVMask("m", 2, 16, {0: tuple(np.arange(8, dtype=np.int32) for _ in range(2))}, recent_window=8, sinks=2)
+    record = evaluate(model, tokenizer, chosen, [mask_run("half", half)])[0]
+    assert record["kept"] == {"key": [[8.0, 8.0], [16.0, 16.0]], "value": None}
+    assert (record["options"]["recent_window"], record["options"]["sinks"]) == (8, 2)

@@ -18,7 +18,9 @@ from grace_opt.budget import Budget, Sharing, allot
 from grace_opt.evaluate.prefill import Prefill, prefill
 from grace_opt.evaluate.run import held_bytes
 from grace_opt.graphs.observed import Observed
+from grace_opt.headmaps import channel_map
 from grace_opt.methods import METHODS, compress, compress_by_mask, method
+from grace_opt.readout import Readout, fit, moments, squared_error
 
 
 def kept(compression: Any, kind: Any = "key") -> dict[int, list[list[int]]]:
@@ -152,7 +154,7 @@ def test_a_uniform_budget_in_bytes_counts_what_stays_whole() -> None:
     costs: Any = {"key": 4.0, "value": 4.0}
     keys_only = allot(problems, Budget(bytes_per_token=0.7 * whole), sharing, queries=1, costs=costs, whole=whole)
     assert set(keys_only["key"]) == {9}  # ceil(.3 of 28 channels)
-    with pytest.raises(InputError, match="of which a uniform budget can prune less than 384 here"):
+    with pytest.raises(InputError, match="takes at least 312 of 672 bytes if every head prunes the same"):
         allot(problems, Budget(bytes_per_token=0.4 * whole), sharing, queries=1, costs=costs, whole=whole)
 
 
@@ -193,7 +195,9 @@ def test_overrides_are_parsed_checked_and_named() -> None:
         ("thnik", {}, "did you mean 'think'"),
         ("think", {"recent_windw": 3}, "did you mean 'recent_window'"),
         ("think", {"recent_window": "many"}, "option 'recent_window'"),
-        ("think", {"sinks": -1}, "sinks must not be negative"),
+        ("think", {"sinks": -1}, "method .think.: sinks must not be negative"),
+        ("grace-opt", {"spans": 0}, "spans must be at least 1"),
+        ("svd", {"key_bits": "4"}, "bits are for kept channels"),
         ("grace-opt", {"mixing": 2}, "from 0 to 1"),
         ("grace-opt", {"observation_window": 0}, "at least 1"),
         ("grace-opt", {"key_bits": 5}, "key_bits"),
@@ -258,3 +262,31 @@ def test_bytes_are_what_the_real_cache_would_hold(smollm2: tuple[Any, Any]) -> N
     assert held_bytes(state, compress(uniform, layers, Budget(0.5))) * 400 == pytest.approx(
         400 * full - old * 30 * 3 * 32 * 4 + indices + read_outs
     )
+
+
+def test_protected_channels_count_as_kept_and_too_many_pruned_are_refused() -> None:
+    protected, W = np.arange(16) < 3, np.diag(np.arange(1.0, 17))
+    problems: Any = {"key": [SubsetProblem(W, 0, protected, name=f"layers.0.kv_heads.{h}.key") for h in (0, 1)]}
+    costs: Any = {"key": 1.0, "value": 1.0}
+    counts = allot(problems, Budget(0.75), Sharing(floor=4), queries=1, costs=costs, whole=64.0)["key"]
+    assert counts == [12, 12]
+    with pytest.raises(InputError, match="cannot prune 15 of 16 channels"):
+        compress(METHODS["grace"], observed_layers(0), Budget(0.95))
+
+
+def test_a_ridge_of_zero_is_least_squares() -> None:
+    rng = np.random.default_rng(0)
+    kept = rng.normal(size=(50, 3))
+    tokens = torch.as_tensor(np.concatenate([kept, kept @ rng.normal(size=(3, 3))], 1)[None])
+    about = moments(tokens, None, 0.0)[0]
+    keep = np.arange(3)
+    assert squared_error(about, keep, fit(about, keep, ridge=0.0)) < 1e-20
+    singular = moments(torch.zeros(1, 5, 4), None, 0.0)[0]
+    assert not fit(singular, np.arange(2), ridge=0.0).matrix.any()
+
+
+def test_read_outs_are_charged_for_what_they_hold() -> None:
+    zeros, ones = np.zeros((8, 8)), np.ones(8)
+    for readout, numbers in ((None, 0), (Readout(ones, zeros), 8), (Readout(ones, zeros + 1), 72)):
+        assert channel_map(np.arange(8), 16, readout, "cpu").parameter_bytes(2) == 32 + 2 * numbers
+    assert channel_map(np.arange(16), 16, None, "cpu").parameter_bytes(2) == 0

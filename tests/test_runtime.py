@@ -164,10 +164,12 @@ def test_heads_of_different_widths(family: str, more: dict[str, int]) -> None:
     assert layer.tensors() == []
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("readout", ["none", "static", "prefill"])
-def test_a_padded_row_gives_what_it_gives_alone(readout: str) -> None:
+def test_a_padded_row_gives_what_it_gives_alone(readout: str, sinks: int, ragged: bool) -> None:
     model = tiny_model("Llama")
-    mask = random_mask(model, 6, recent_window=3, sinks=2, readout=readout)
+    mask = random_mask(model, 6, recent_window=3, sinks=sinks, readout=readout, ragged=ragged)
     ids, attended = prompts()
     together = run(model, grace_opt.runtime.cache(mask, model))
     for row in range(3):

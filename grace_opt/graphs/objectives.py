@@ -57,12 +57,18 @@ def attention(seen: Observed) -> Tensor:
     grams = ((queries * member[:, :, None]).mT @ queries).flatten(1, 2)
     W = torch.zeros(grams[:, 0].shape, dtype=torch.float64, device=_float64_device(keys))
     block = max(1, _BLOCK // keys[0].numel())
-    for head, x in enumerate(keys):
+    for head in range(heads):
+        # About the mean key, lest large means cancel in float32. Whole tokens count with key 0, so the rest of the
+        # weight, 1 - p.sum(), lies at minus that mean.
+        centre = keys[head].mean(0)
+        x = keys[head] - centre
         transposed = x.mT.contiguous()
         for low in range(0, len(weights[head]), block):
             p = weights[head, low : low + block]
-            mean = p @ x
-            covariance = torch.matmul(transposed * p[:, None], x) - mean[:, :, None] * mean[:, None]
+            rest = (1 - p.sum(1))[:, None]
+            mean = p @ x - rest * centre
+            second = torch.matmul(transposed * p[:, None], x) + rest[..., None] * (centre[:, None] * centre)
+            covariance = second - mean[:, :, None] * mean[:, None]
             W[head] += (grams[head, low : low + block] * covariance).sum(0, dtype=W.dtype)
     return seen.scaling**2 * (W + W.mT) / 2
 

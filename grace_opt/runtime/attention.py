@@ -93,7 +93,8 @@ def attention(
         raise InputError("this model masks each head in its own way, which is not supported yet; use another model")
     key.layer.find_sinks(attention_mask)
     if key.prefill_keys is not None:
-        key.layer.fit(query, key.prefill_keys, value, scaling if scaling is not None else query.shape[-1] ** -0.5)
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        key.layer.fit(query, key.prefill_keys, value, scale, attention_mask)
         return sdpa_attention_forward(
             module, query, key.prefill_keys, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -151,14 +151,14 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return dropped
         return dropped - kept @ self._matrix.mT - self._constant
 
-    def fit(self, query: Tensor, keys: Tensor, value: Tensor, scaling: float) -> None:
+    def fit(self, query: Tensor, keys: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> None:
         """After the first update: fit each row's read-outs to its old tokens, with the attention that its last queries
         pay them as weights (`grace_opt.readout`). A row without old tokens keeps reading zeros.
         """
         if self.readouts != "prefill":
             return
         tokens, rows = keys.shape[2], []
-        starts = [0] * len(keys) if self._first is None else self._first.tolist()
+        starts = [0] * len(keys) if mask is None else _first_seen(mask, tokens).expand(len(keys)).tolist()
         if tokens - min(starts) <= self.sink_count + self.recent_window:
             return
         keep = self._selection.order[:, : self.width].cpu().numpy()
@@ -196,10 +196,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         dropped, self._sinks_pending = self._sinks_pending, None
         before = self.length - dropped.shape[2]
         if mask is not None:
-            seen = mask[:, 0, -1, : self.length]
-            seen = seen if seen.dtype == torch.bool else seen > -1e3  # masks go by -1e4 and lower
-            first = torch.where(seen.any(1), seen.int().argmax(1), self.length)
-            self._first = first.expand(len(self._first)).clone()
+            self._first = _first_seen(mask, self.length).expand(len(self._first)).clone()
         slot = self.sink_columns() - before  # [B, sinks], where among these tokens each sink is
         arrived = (slot >= 0) & (slot < dropped.shape[2])
         index = slot.clamp(0, dropped.shape[2] - 1)[:, None, :, None].expand(self.sinks.shape)
@@ -278,6 +275,13 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.sinks, self._first = change(self.sinks), change(self._first)
         if self._matrix is not None and self._constant is not None:
             self._matrix, self._constant = change(self._matrix), change(self._constant)
+
+
+def _first_seen(mask: Tensor, length: int) -> Tensor:
+    """int64[B or 1]: the first position that each row's last query may see, under a mask [B or 1, 1, n, T]."""
+    seen = mask[:, 0, -1, :length]
+    seen = seen if seen.dtype == torch.bool else seen > -1e3  # masks go by -1e4 and lower
+    return torch.where(seen.any(1), seen.int().argmax(1), length)
 
 
 class _Selection:
