@@ -198,7 +198,8 @@ def shared(
     ``curves[h][m]`` is the error of head h with m channels pruned, m = 0 .. the most it can prune; only the lower
     convex hull of a curve matters. Each head keeps at least ``floor`` channels and prunes a multiple of ``align``.
     ``costs`` are what pruning one channel of each head saves (1 if left out), in the unit of ``total``; ``sizes`` the
-    heads' channels, where protected ones end a curve early; ``whole`` what there is with nothing pruned, for the message.
+    heads' channels, where protected ones end a curve early; ``whole`` what there is with nothing pruned, for the
+    message.
 
     Channels are pruned, ``align`` at a time, where the marginal error for what is saved is least: exact for convex
     curves and equal costs (Fox, Operations Research 14, 1966). At least ``total`` is saved, and less than one step

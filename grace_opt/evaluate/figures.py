@@ -155,10 +155,9 @@ def _kept_maps(record: Record) -> Figure:
         kept = np.full((len(layers), heads), np.nan)  # layers may have different numbers of heads
         for i, row in enumerate(record["kept"][kind]):
             kept[i, : len(row)] = row
-        image = axes.imshow(
-            kept, cmap="viridis", vmin=0, vmax=record["head_dim"], aspect="auto", interpolation="nearest"
-        )
-        axes.set_title(f"{kind}s: {np.nanmean(kept):.4g} of {record['head_dim']} on average", fontsize=10)
+        width = record["head_dim"] if kind == "key" else record.get("value_head_dim", record["head_dim"])
+        image = axes.imshow(kept, cmap="viridis", vmin=0, vmax=width, aspect="auto", interpolation="nearest")
+        axes.set_title(f"{kind}s: {np.nanmean(kept):.4g} of {width} on average", fontsize=10)
         axes.set_xticks(range(0, heads, max(1, heads // 16)))
         axes.set_xlabel("KV head")
     step = max(1, len(layers) // 20)
