@@ -11,16 +11,13 @@ import numpy as np
 
 from grace_opt.problem import BoolArray, SubsetProblem
 from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing
-from grace_solvers.core import core_of
 from grace_solvers.dual import Root, root
-from grace_solvers.exchange import iterated_tabu, nearest, starts
-from grace_solvers.ready import ready
+from grace_solvers.exchange import iterated_tabu, nearest
+from grace_solvers.opening import CUT_AT, opening
 from grace_solvers.tree import CLOSED, EMPTY, NODES, OPEN, VALUE, Pool, branch, grown, new_pool, push
 
 _CHUNK = 1 << 20  # entries of W between two looks at the clock: 64 nodes of 128 channels, some 5 ms
 _MOST_BYTES = 1 << 30  # of open nodes; beyond, the search goes depth first
-_PRUNE_AT = 1e-3  # of the gap tolerance: a selection that is better by less than that is found all the same, as a rule
-_TABU_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -62,17 +59,11 @@ class BranchAndBoundSolver:
         rng: np.random.Generator | None = None,
     ) -> RawResult:
         """Incumbent, root, tree."""
-        ready()
-        began, clock = time.monotonic(), time.perf_counter_ns()
-        deadline = np.inf if limits.time_limit is None else began + limits.time_limit
-        core = core_of(problem)
+        known = opening(problem, limits, warm_start)
+        core, cutoff, deadline = known.core, known.cutoff, known.deadline
         if core.k == 0:
-            return RawResult(core.expand(np.zeros(0, bool)), core.constant * core.scale, BoundKind.PROVEN)
-        known = [] if warm_start is None else [core.contract(warm_start)]
-        found = iterated_tabu(core, [*known, *starts(core)], rounds=_TABU_ROUNDS, seed=limits.seed, deadline=deadline)
-        incumbent, value = core.expand(found.y), found.value
-        relative, absolute = _PRUNE_AT * limits.gap_rel, _PRUNE_AT * limits.gap_abs / core.scale
-        cutoff = value - max(relative * abs(value), absolute)
+            return known.decided()
+        incumbent, value = known.incumbent, known.value
         top = root(core, cutoff, deadline)
         if top.core.equal:
             found = iterated_tabu(top.core, [nearest(top.core, top.x)], seed=limits.seed, deadline=deadline)
@@ -86,9 +77,10 @@ class BranchAndBoundSolver:
         def note(lower_bound: float) -> None:
             now = (core.scale * float(pool.values[VALUE]), core.scale * lower_bound)
             if not trace or now != trace[-1][1:]:
-                trace.append((time.monotonic() - began, *now))
+                trace.append((time.monotonic() - known.began, *now))
 
         note(min(top.lower_bound, value))
+        relative, absolute = CUT_AT * limits.gap_rel, CUT_AT * limits.gap_abs / core.scale
         pool, limit = _take_apart(top, pool, relative, absolute, limits, deadline, note)
         if pool.values[VALUE] < value:
             incumbent = top.core.expand(pool.incumbent == 1)
@@ -99,7 +91,7 @@ class BranchAndBoundSolver:
             limit=limit,
             nodes=int(pool.counts[NODES]),
             iterations=top.iterations,
-            timing=Timing(build=rooted - clock, solve=time.perf_counter_ns() - rooted),
+            timing=Timing(build=rooted - known.clock, solve=time.perf_counter_ns() - rooted),
             trace=tuple(trace),
         )
 

@@ -13,13 +13,11 @@ import numpy as np
 from grace_opt.problem import BoolArray, FloatArray, SubsetProblem
 from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing
 from grace_solvers.convex import convex_bound, convexified, knapsack
-from grace_solvers.core import core_of
 from grace_solvers.dual import Root, root
-from grace_solvers.exchange import iterated_tabu, nearest, starts
-from grace_solvers.ready import ready
+from grace_solvers.exchange import iterated_tabu, nearest
+from grace_solvers.opening import opening
 
 _TABU_ROUNDS = 10
-_CUT_AT = 1e-3  # of the gap tolerance: what is better by less than that may be left out
 _MOST_NODES_CP_SAT = 40  # CP-SAT proves what it says, and needs 0.3 s at most up to here; beyond, SCIP is much faster
 _CP_SAT_BITS = 50  # of the largest possible objective: far from the end of int64, and exact in float64
 
@@ -81,24 +79,17 @@ class MIQPSolver:
         rng: np.random.Generator | None = None,
     ) -> RawResult:
         """Incumbent, root, back end. Raises ImportError if OR-Tools is needed and cannot be imported."""
-        ready()
-        began, clock = time.monotonic(), time.perf_counter_ns()
-        deadline = np.inf if limits.time_limit is None else began + limits.time_limit
-        core = core_of(problem)
+        known = opening(problem, limits, warm_start, rounds=_TABU_ROUNDS)
+        core, cutoff, deadline = known.core, known.cutoff, known.deadline
         if core.k == 0:
-            chosen = core.expand(np.zeros(0, bool))
-            return RawResult(chosen, core.constant * core.scale, BoundKind.PROVEN, raw_status="nothing to decide")
-        known = [] if warm_start is None else [core.contract(warm_start)]
-        found = iterated_tabu(core, [*known, *starts(core)], rounds=_TABU_ROUNDS, seed=limits.seed, deadline=deadline)
-        incumbent, value = core.expand(found.y), found.value
-        tolerance = max(limits.gap_rel * abs(value), limits.gap_abs / core.scale)
-        cutoff = value - _CUT_AT * tolerance
+            return known.decided("nothing to decide")
+        incumbent, value = known.incumbent, known.value
         top = root(core, cutoff, deadline)
         hint = _hint(top, incumbent, limits.seed, deadline)
         if hint is not None and top.core.value(hint) < value:
             incumbent, value = top.core.expand(hint), top.core.value(hint)
         proven = min(top.lower_bound if top.core.k else cutoff, value)
-        points = [(time.monotonic() - began, value, proven)]
+        points = [(time.monotonic() - known.began, value, proven)]
         rooted = time.perf_counter_ns()
 
         backend = self.backend
@@ -112,7 +103,7 @@ class MIQPSolver:
         else:
             run = _cp_sat if backend == "cp-sat" else _gscip
             try:
-                answer = run(top, hint, value, tolerance, deadline, limits)
+                answer = run(top, hint, value, known.tolerance, deadline, limits)
             except ImportError:
                 raise
             except Exception as error:  # what is known without the back end is worth returning
@@ -127,7 +118,7 @@ class MIQPSolver:
             if backend == "gscip":
                 kind = BoundKind.NUMERICAL
                 raw_status += f"; the root's proven bound is {core.scale * proven!r}"
-        points.append((time.monotonic() - began, value, lower_bound))
+        points.append((time.monotonic() - known.began, value, lower_bound))
         return RawResult(
             incumbent,
             core.scale * lower_bound,
@@ -136,7 +127,7 @@ class MIQPSolver:
             raw_status=raw_status,
             nodes=answer.nodes,
             iterations=top.iterations,
-            timing=Timing(build=rooted - clock, solve=time.perf_counter_ns() - rooted),
+            timing=Timing(build=rooted - known.clock, solve=time.perf_counter_ns() - rooted),
             warnings=warnings,
             trace=tuple((seconds, core.scale * v, core.scale * bound) for seconds, v, bound in points),
         )

@@ -14,13 +14,11 @@ from scipy.linalg import eigh
 from grace_opt.problem import BoolArray, FloatArray, IntArray, SubsetProblem
 from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing
 from grace_solvers.convex import complement_basis, compress, convex_bound, convexified, expand
-from grace_solvers.core import Core, core_of
+from grace_solvers.core import Core
 from grace_solvers.dual import diagonal_shift, root, scaling
-from grace_solvers.exchange import iterated_tabu, nearest, starts
-from grace_solvers.ready import ready
+from grace_solvers.exchange import iterated_tabu, nearest
+from grace_solvers.opening import TABU_ROUNDS, opening
 
-_TABU_ROUNDS = 8
-_CUT_AT = 1e-3  # of the gap tolerance: what is better by less than that may be left out
 _SAMPLES = 32
 _PRECISION = 1e-4
 _VIOLATED = 1e-3
@@ -72,16 +70,11 @@ class SDPSolver:
         rng: np.random.Generator | None = None,
     ) -> RawResult:
         """Incumbent, relaxation, cuts, rounding."""
-        ready()
-        began, clock = time.monotonic(), time.perf_counter_ns()
-        deadline = np.inf if limits.time_limit is None else began + limits.time_limit
-        core = core_of(problem)
+        known = opening(problem, limits, warm_start)
+        core, cutoff, deadline = known.core, known.cutoff, known.deadline
         if core.k == 0:
-            return RawResult(core.expand(np.zeros(0, bool)), core.constant * core.scale, BoundKind.PROVEN)
-        known = [] if warm_start is None else [core.contract(warm_start)]
-        found = iterated_tabu(core, [*known, *starts(core)], rounds=_TABU_ROUNDS, seed=limits.seed, deadline=deadline)
-        incumbent, value = core.expand(found.y), found.value
-        cutoff = value - _CUT_AT * max(limits.gap_rel * abs(value), limits.gap_abs / core.scale)
+            return known.decided()
+        incumbent, value = known.incumbent, known.value
         started = time.perf_counter_ns()
 
         relaxation = _Relaxation(self.backend, limits.iteration_limit)
@@ -93,7 +86,7 @@ class SDPSolver:
         last = relaxation.core
         if last is not None and last.equal:
             choices = _rounded(last, relaxation.Y, limits.seed)
-            found = iterated_tabu(last, choices, rounds=_TABU_ROUNDS, seed=limits.seed, deadline=deadline)
+            found = iterated_tabu(last, choices, rounds=TABU_ROUNDS, seed=limits.seed, deadline=deadline)
             if found.value < value:
                 incumbent, value = last.expand(found.y), found.value
         lower_bound = min(lower_bound, cutoff, value)
@@ -108,9 +101,9 @@ class SDPSolver:
             limit=limit,
             raw_status=f"{self.backend}: {relaxation.words}",
             iterations=relaxation.iterations,
-            timing=Timing(build=started - clock, solve=rounding - started, round=done - rounding),
+            timing=Timing(build=started - known.clock, solve=rounding - started, round=done - rounding),
             warnings=tuple(relaxation.warnings),
-            trace=((time.monotonic() - began, core.scale * value, core.scale * lower_bound),),
+            trace=((time.monotonic() - known.began, core.scale * value, core.scale * lower_bound),),
         )
 
 

@@ -14,13 +14,10 @@ from scipy.optimize import OptimizeResult, brentq, minimize
 from grace_opt.problem import BoolArray, FloatArray, SubsetProblem
 from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing
 from grace_solvers.convex import EPSILON, complement_basis, compress
-from grace_solvers.core import Core, core_of
+from grace_solvers.core import Core
 from grace_solvers.dual import root, scaling
-from grace_solvers.exchange import iterated_tabu, nearest, starts
-from grace_solvers.ready import ready
-
-_TABU_ROUNDS = 8
-_CUT_AT = 1e-3  # of the gap tolerance: what is better by less than that may be left out
+from grace_solvers.exchange import iterated_tabu, nearest
+from grace_solvers.opening import TABU_ROUNDS, opening
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,11 @@ class SpectralSolver:
         rng: np.random.Generator | None = None,
     ) -> RawResult:
         """Incumbent, ascent, rounding."""
-        ready()
-        began, clock = time.monotonic(), time.perf_counter_ns()
-        deadline = np.inf if limits.time_limit is None else began + limits.time_limit
-        core = core_of(problem)
+        known = opening(problem, limits, warm_start)
+        core, cutoff, deadline = known.core, known.cutoff, known.deadline
         if core.k == 0:
-            return RawResult(core.expand(np.zeros(0, bool)), core.constant * core.scale, BoundKind.PROVEN)
-        known = [] if warm_start is None else [core.contract(warm_start)]
-        found = iterated_tabu(core, [*known, *starts(core)], rounds=_TABU_ROUNDS, seed=limits.seed, deadline=deadline)
-        incumbent, value = core.expand(found.y), found.value
-        cutoff = value - _CUT_AT * max(limits.gap_rel * abs(value), limits.gap_abs / core.scale)
+            return known.decided()
+        incumbent, value = known.incumbent, known.value
         rooted = time.perf_counter_ns()
 
         most = self.iterations
@@ -79,7 +71,7 @@ class SpectralSolver:
         top = root(core, cutoff, deadline, partial(sphere_shift, iterations=most))
         if top.core.equal:
             found = iterated_tabu(
-                top.core, [nearest(top.core, top.x)], rounds=_TABU_ROUNDS, seed=limits.seed, deadline=deadline
+                top.core, [nearest(top.core, top.x)], rounds=TABU_ROUNDS, seed=limits.seed, deadline=deadline
             )
             if found.value < value:
                 incumbent, value = top.core.expand(found.y), found.value
@@ -95,8 +87,8 @@ class SpectralSolver:
             BoundKind.PROVEN,
             limit=limit,
             iterations=top.iterations,
-            timing=Timing(build=rooted - clock, solve=time.perf_counter_ns() - rooted),
-            trace=((time.monotonic() - began, core.scale * value, core.scale * lower_bound),),
+            timing=Timing(build=rooted - known.clock, solve=time.perf_counter_ns() - rooted),
+            trace=((time.monotonic() - known.began, core.scale * value, core.scale * lower_bound),),
         )
 
 
