@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 
     from grace_opt.graphs.sums import GraphSums
 
-ATTENTION = "grace_opt_capture"
 OBJECTIVES = ("logit", "centered", "attention")
 VALUE_OBJECTIVES = ("norm", "read", "output")
 
@@ -110,7 +107,7 @@ def calibrate(
     import torch
 
     from grace_opt.graphs.sums import GraphSums
-    from grace_opt.runtime.attention import require_attention_interface
+    from grace_opt.runtime.attention import attending_with, observing, require_attention_interface
 
     options = options or Calibration()
     config = text_config(model.config)
@@ -119,7 +116,7 @@ def calibrate(
     graphs = GraphSums(options.objective, options.value_objective)
     capture = _Capture(graphs, options)
     done = 0
-    with torch.inference_mode(), _observed(model, capture):
+    with torch.inference_mode(), attending_with(model, observing(capture)):
         for ids in token_windows(pieces, tokenizer, options.tokens, window):
             model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
             done += len(ids)
@@ -149,7 +146,7 @@ def calibrate(
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "value_head_dim": capture.value_head_dim,
-        "softmax_scale": repr(capture.scaling or head_dim**-0.5),
+        "softmax_scale": repr(capture.scaling),
     }
     if options.objective == "attention" and options.spans is not None:
         metadata["spans"] = options.spans
@@ -177,7 +174,7 @@ class _Capture:
         self.geometry = (0, 0, 0)
         self.value_head_dim = 0
         self.attention: Any = None
-        self.scaling: float | None = None
+        self.scaling = 0.0
 
     def __call__(
         self,
@@ -185,19 +182,19 @@ class _Capture:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scaling: float | None,
-        kwargs: dict[str, Any],
+        scaling: float,
+        arguments: dict[str, Any],
     ) -> None:
         from grace_opt.graphs.observed import Observed, output_projection
 
-        if kwargs.get("sliding_window") is not None:
+        if arguments.get("sliding_window") is not None:
             self.sliding_layers.add(module.layer_idx)
             return
         observed = Observed(
             query[0, :, -self.options.observation_window :],
             key[0],
             value[0],
-            scaling if scaling is not None else key.shape[-1] ** -0.5,
+            scaling,
             self.options.sinks,
             self.options.recent_window,
             None if self.options.value_objective is None else output_projection(module, query.shape[1]),
@@ -208,44 +205,6 @@ class _Capture:
         self.value_head_dim = value.shape[-1]
         self.scaling = scaling
         self.graphs.add(module.layer_idx, observed)
-
-
-# A context variable, not a module global: two threads may calibrate two models at once.
-_capture: ContextVar[_Capture] = ContextVar("grace_opt_capture")
-
-
-def _capturing_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> Any:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    from grace_opt.runtime.attention import refuse_unsupported
-
-    refuse_unsupported(kwargs)
-    _capture.get()(module, query, key, value, scaling, kwargs)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-@contextmanager
-def _observed(model: PreTrainedModel, capture: _Capture) -> Iterator[None]:
-    """Route the model's attention through `_capturing_attention`, and back when done."""
-    from grace_opt.runtime.attention import register
-
-    register(ATTENTION, _capturing_attention)
-    before = model.config._attn_implementation
-    token = _capture.set(capture)
-    model.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        _capture.reset(token)
 
 
 def _nothing_captured(model: PreTrainedModel, capture: _Capture) -> str:

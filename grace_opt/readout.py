@@ -47,9 +47,10 @@ def moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> list[Momen
     """
     import torch
 
-    device = tokens.device if tokens.device.type != "mps" else torch.device("cpu")
-    x = tokens.to(device, torch.float64)
-    share = torch.full(x.shape[:2], 1 / x.shape[1], dtype=torch.float64, device=device)
+    from grace_opt.graphs.observed import double
+
+    x = double(tokens)
+    share = torch.full_like(x[..., 0], 1 / x.shape[1])
     if weights is not None:
         share = (1 - mixing) * weights.to(share) + mixing * share
     mean = torch.matmul(share[:, None], x)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +15,11 @@ from torch import Tensor
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import Observed, output_projection
 from grace_opt.headmaps import Compression, HeadMap
-from grace_opt.runtime.attention import refuse_unsupported, register, require_attention_interface
+from grace_opt.runtime.attention import attending_with, observing, require_attention_interface
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CAPTURE, SCORE = "grace_opt_prefill", "grace_opt_score"
 _BLOCK = 1 << 25  # elements of the scores of one block of queries
 
 
@@ -70,15 +69,17 @@ def prefill(model: PreTrainedModel, ids: Sequence[int], prefix: int, observation
     scaling: dict[int, float] = {}
     outputs: dict[int, Tensor | None] = {}
 
-    def keep(module: Any, query: Tensor, key: Tensor, scale: float | None) -> None:
+    def keep(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, arguments: dict[str, Any]) -> None:
+        if arguments.get("sliding_window") is not None:
+            return
         queries[module.layer_idx] = query[0, :, -observation_window:].clone()
-        scaling[module.layer_idx] = scale if scale is not None else query.shape[-1] ** -0.5
+        scaling[module.layer_idx] = scale
         outputs[module.layer_idx] = output_projection(module, query.shape[1])
 
     row = torch.tensor([list(ids)], device=model.device)
     past = DynamicCache(config=model.config.get_text_config(decoder=True))
     began = time.perf_counter()
-    with torch.inference_mode(), _attention(model, CAPTURE, _keep, keep):
+    with torch.inference_mode(), attending_with(model, observing(keep)):
         model.base_model(input_ids=row[:, :prefix], past_key_values=past, use_cache=True)
     seconds = time.perf_counter() - began
     for layer in [layer for layer in queries if type(past.layers[layer]) is not DynamicLayer]:
@@ -126,7 +127,7 @@ def _continued(state: Prefill, compression: Compression | None, prune_generated:
     reader = None if compression is None else _Reader(compression, None if prune_generated else state.prefix)
     before = [dict(vars(layer)) for layer in state.past.layers]  # updates replace tensors, and write into none
     try:
-        with _attention(state.model, SCORE, _reader, reader):
+        with attending_with(state.model, partial(_scoring, reader)):
             yield
     finally:
         for layer, held in zip(state.past.layers, before, strict=True):
@@ -173,41 +174,8 @@ def _between(maps: Sequence[HeadMap] | None, x: Tensor, old: slice, hidden: bool
     return torch.cat([x[:, : old.start], read], 1)
 
 
-# Context variables, not module globals: two threads may evaluate two models at once.
-_keep: ContextVar[Any] = ContextVar("grace_opt_keep")
-_reader: ContextVar[_Reader | None] = ContextVar("grace_opt_reader")
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, name: str, variable: ContextVar[Any], value: Any) -> Iterator[None]:
-    before = model.config._attn_implementation
-    token = variable.set(value)
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        variable.reset(token)
-
-
-def _capturing(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    **more: Any,
-) -> Any:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    refuse_unsupported(more)
-    if more.get("sliding_window") is None:
-        _keep.get()(module, query, key, scaling)
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
-
-
 def _scoring(
+    reader: _Reader | None,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -218,7 +186,6 @@ def _scoring(
 ) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    reader = _reader.get()
     if reader is None or module.layer_idx not in reader.compression.layers:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
     if reader.prefix is None:
@@ -265,7 +232,3 @@ def _scoring_pruned(
         parts.append(part.view(heads, -1, q.shape[2], values.shape[-1]))
     out = torch.cat(parts, dim=2).reshape(1, query.shape[1], new, -1)
     return out.transpose(1, 2).contiguous()
-
-
-register(CAPTURE, _capturing)
-register(SCORE, _scoring)

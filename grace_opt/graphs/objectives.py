@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
-from grace_opt.graphs.observed import Observed
+from grace_opt.graphs.observed import Observed, double
 
 _BLOCK = 1 << 22  # elements of the largest intermediate of `attention`
 
@@ -19,7 +19,7 @@ def logit(seen: Observed) -> Tensor:
     GRACE (arXiv 2604.16983, eq. 4-6), summed over the query heads of a group: pruning P changes the squared Frobenius
     norm of Q K' by the sum of W over P x P. Without the softmax scale, as in the paper. O((w + T) n^2) a head.
     """
-    queries, keys = _double(seen.grouped), _double(seen.keys[:, seen.prunable])
+    queries, keys = double(seen.grouped), double(seen.keys[:, seen.prunable])
     return (queries.mT @ queries) * (keys.mT @ keys)
 
 
@@ -28,8 +28,8 @@ def centered(seen: Observed) -> Tensor:
 
     The mean of a query's error over the tokens cancels in the softmax, but for the whole tokens that have none.
     """
-    keys = _double(seen.keys[:, seen.prunable])
-    queries, keys = _double(seen.grouped), keys - keys.mean(1, keepdim=True)
+    keys = double(seen.keys[:, seen.prunable])
+    queries, keys = double(seen.grouped), keys - keys.mean(1, keepdim=True)
     return (queries.mT @ queries) * (keys.mT @ keys)
 
 
@@ -55,7 +55,7 @@ def attention(seen: Observed) -> Tensor:
     weights = torch.matmul(share, seen.attention.view(heads, -1, width, tokens)).flatten(1, 2)
     queries = seen.grouped.float().view(heads, -1, 1, width, keys.shape[-1])
     grams = ((queries * member[:, :, None]).mT @ queries).flatten(1, 2)
-    W = torch.zeros(grams[:, 0].shape, dtype=torch.float64, device=_float64_device(keys))
+    W = torch.zeros_like(double(grams[:, 0]))
     block = max(1, _BLOCK // keys[0].numel())
     for head in range(heads):
         # About the mean key, lest large means cancel in float32. Whole tokens count with key 0, so the rest of the
@@ -75,7 +75,7 @@ def attention(seen: Observed) -> Tensor:
 
 def norm(seen: Observed) -> Tensor:
     """Squared norms of the value channels on the diagonal, float64[H, nv, nv]: the scores of plain value pruning."""
-    values = _double(seen.values[:, seen.prunable])
+    values = double(seen.values[:, seen.prunable])
     return torch.diag_embed(values.square().sum(1))
 
 
@@ -84,7 +84,7 @@ def read(seen: Observed) -> Tensor:
 
     ThinK's scores for values (arXiv 2407.21018, appendix D): diag of sum_g V'A_g'A_g V, g over the query heads.
     """
-    returned = _double(torch.matmul(seen.attention, seen.values[:, seen.prunable].float()))
+    returned = double(torch.matmul(seen.attention, seen.values[:, seen.prunable].float()))
     return torch.diag_embed(returned.square().sum(1))
 
 
@@ -100,18 +100,10 @@ def output(seen: Observed) -> Tensor:
         raise InputError("the output projection of this model's attention was not found; use the norm objective")
     heads, _, n = seen.values.shape
     returned = torch.matmul(seen.attention, seen.values[:, seen.prunable].float())
-    returned = _double(returned).view(heads, -1, seen.queries.shape[1], n)
-    slices = _double(seen.output).view(-1, heads, returned.shape[1], n).permute(1, 2, 0, 3)
+    returned = double(returned).view(heads, -1, seen.queries.shape[1], n)
+    slices = double(seen.output).view(-1, heads, returned.shape[1], n).permute(1, 2, 0, 3)
     return ((returned.mT @ returned) * (slices.mT @ slices)).sum(1)
 
 
 KEY_OBJECTIVES: dict[str, Callable[[Observed], Tensor]] = {"logit": logit, "centered": centered, "attention": attention}
 VALUE_OBJECTIVES: dict[str, Callable[[Observed], Tensor]] = {"norm": norm, "read": read, "output": output}
-
-
-def _float64_device(tensor: Tensor) -> torch.device:
-    return tensor.device if tensor.device.type != "mps" else torch.device("cpu")  # no float64 there
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.to(_float64_device(tensor), torch.float64)

@@ -81,6 +81,11 @@ class Observed:
         return torch.where(total > 0, received / total, torch.full_like(received, 1 / received.shape[-1]))
 
 
+def double(tensor: Tensor) -> Tensor:
+    """In float64, on its own device where that has float64."""
+    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+
+
 def output_projection(attention: Any, heads: int) -> Tensor | None:
     """The weight [hidden, heads * nv] of the projection after an attention module; None if it has no known name."""
     for name in ("o_proj", "out_proj", "dense", "wo"):

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
 from grace_opt.graphs.bundle import HeadGraph, Kind
 from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES
-from grace_opt.graphs.observed import Observed
+from grace_opt.graphs.observed import Observed, double
 from grace_opt.graphs.protection import Protection, salient_channels
 from grace_opt.problem import FloatArray, IntArray
 
@@ -34,14 +33,14 @@ class GraphSums:
 
     def add(self, layer: int, seen: Observed) -> None:
         """Add one window of one layer."""
-        queries = _double(seen.grouped)
+        queries = double(seen.grouped)
         self._add(layer, "key", KEY_OBJECTIVES[self.objective](seen), seen.keys, seen, query_gram=queries.mT @ queries)
         if self.value_objective is not None:
             self._add(layer, "value", VALUE_OBJECTIVES[self.value_objective](seen), seen.values, seen)
         self.windows[layer] = self.windows.get(layer, 0) + 1
 
     def _add(self, layer: int, kind: Kind, weights: Tensor, tokens: Tensor, seen: Observed, **more: Tensor) -> None:
-        old = _double(tokens[:, seen.prunable])
+        old = double(tokens[:, seen.prunable])
         received = seen.token_weights.to(old)[..., None]
         terms = {
             "weights": weights,
@@ -83,10 +82,6 @@ class GraphSums:
                     arrays["groups"] = groups
                 graphs.append(HeadGraph(layer, head, kind, protected=protected, **arrays))
         return tuple(sorted(graphs, key=lambda graph: (graph.layer, graph.kv_head, graph.kind)))
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)  # no float64 on mps
 
 
 def _symmetric(matrix: FloatArray) -> FloatArray:

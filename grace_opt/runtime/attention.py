@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from grace_opt.runtime.layer import PrunedLayer
 
 NAME = "grace_opt"
+_ANY = "grace_opt_any"
+# A context variable, not a module global: two threads may run two models at once.
+_function: ContextVar[Callable[..., Any]] = ContextVar("grace_opt_attention_function")
 # Scores of one block of queries, in elements: bounds the memory of chunked prefill over a long cache.
 _BLOCK = 1 << 24
 
@@ -197,6 +202,38 @@ def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
             raise InputError(f"this model {what}, which is not supported yet; use another model")
 
 
+def observing(see: Callable[..., None]) -> Callable[..., Any]:
+    """SDPA that first calls ``see(module, query, key, value, scaling, arguments)``, for `attending_with`."""
+
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        refuse_unsupported(kwargs)
+        see(module, query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5, kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    return attend
+
+
+@contextmanager
+def attending_with(model: PreTrainedModel, function: Callable[..., Any]) -> Iterator[None]:
+    """Route the model's attention through a function with transformers' signature, and back when done."""
+    before = model.config._attn_implementation
+    token = _function.set(function)
+    model.set_attn_implementation(_ANY)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        _function.reset(token)
+
+
 def register(name: str, function: Callable[..., Any]) -> None:
     """Make an attention function known to transformers, with SDPA's masks (without them, padding is ignored)."""
     AttentionInterface.register(name, function)
@@ -218,4 +255,9 @@ def require_attention_interface(model: PreTrainedModel) -> None:
         )
 
 
+def _any(*arguments: Any, **more: Any) -> Any:
+    return _function.get()(*arguments, **more)
+
+
 register(NAME, attention)
+register(_ANY, _any)
