@@ -39,12 +39,8 @@ class Readout:
     matrix: FloatArray  #: float64[n - d, d], B
 
 
-def moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> list[Moments]:
-    """Moments of each head's tokens [H, T, n] under the weights (1 - mixing) weights [H, T] + mixing / T.
-
-    None weighs all tokens alike. The mixing keeps the covariance well conditioned where a few tokens receive all
-    attention. O(T n^2) a head.
-    """
+def weighted_moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> tuple[Tensor, Tensor]:
+    """Mean [H, n] and covariance [H, n, n] of each head's tokens [H, T, n], float64, as of `moments`."""
     import torch
 
     from grace_opt.graphs.observed import double
@@ -55,8 +51,17 @@ def moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> list[Momen
         share = (1 - mixing) * weights.to(share) + mixing * share
     mean = torch.matmul(share[:, None], x)
     centred = x - mean
-    covariance = torch.matmul((centred * share[..., None]).mT, centred)
-    return [Moments(m[0], c) for m, c in zip(mean.cpu().numpy(), covariance.cpu().numpy(), strict=True)]
+    return mean[:, 0], torch.matmul((centred * share[..., None]).mT, centred)
+
+
+def moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> list[Moments]:
+    """Moments of each head's tokens [H, T, n] under the weights (1 - mixing) weights [H, T] + mixing / T.
+
+    None weighs all tokens alike. The mixing keeps the covariance well conditioned where a few tokens receive all
+    attention. O(T n^2) a head.
+    """
+    mean, covariance = weighted_moments(tokens, weights, mixing)
+    return [Moments(m, c) for m, c in zip(mean.cpu().numpy(), covariance.cpu().numpy(), strict=True)]
 
 
 def bundle_moments(head: HeadGraph, tokens: int, mixing: float) -> Moments:

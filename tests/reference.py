@@ -38,7 +38,23 @@ def use_zero_channel_attention(model: Any, mask: KVMask) -> None:
     t - s < recent_window, or if s is among the row's first ``sinks`` real tokens. Everything by definition, with
     full-width tensors and a [B, n, T] table of which pairs are whole.
     """
-    keep = torch.from_numpy(mask.keep_matrix())
+
+    def read(kind: str, layer: int, states: Any) -> Any:
+        """Keys or values as pruned tokens are seen."""
+        keeps = mask.key_keep if kind == "key" else mask.value_keep
+        if layer not in keeps:
+            return states
+        out = torch.zeros_like(states)
+        for head, kept in enumerate(keeps[layer]):
+            out[:, head, :, kept] = states[:, head][..., kept]
+            if mask.readout_scope == "static":
+                dropped = np.setdiff1d(np.arange(states.shape[-1]), kept)
+                each = mask.static_readout(kind, layer, head)
+                matrix, constant = (
+                    torch.as_tensor(array, dtype=states.dtype) for array in (each.matrix, each.constant)
+                )
+                out[:, head, :, dropped] = states[:, head][..., kept] @ matrix.mT + constant
+        return out
 
     def attend(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **kwargs: Any
@@ -54,20 +70,13 @@ def use_zero_channel_attention(model: Any, mask: KVMask) -> None:
             seen = visible[min(row, len(visible) - 1), 0, -1].nonzero()[:, 0]
             whole[row, :, seen[: mask.sinks]] = True
         group = query.shape[1] // key.shape[1]
-        layer = module.layer_idx
-        if kwargs.get("sliding_window") is not None or layer not in mask.key_keep:
+        if kwargs.get("sliding_window") is not None:
             whole[:] = True
-        read = key * keep[layer][None, :, None, :]
-        if mask.readout_scope == "static" and layer in mask.key_keep:
-            for head, kept in enumerate(mask.key_keep[layer]):
-                dropped, each = np.setdiff1d(np.arange(dim), kept), mask.static_readout("key", layer, head)
-                matrix, constant = (torch.as_tensor(array, dtype=key.dtype) for array in (each.matrix, each.constant))
-                read[:, head, :, dropped] = key[:, head][..., kept] @ matrix.mT + constant
-        kept = repeat_kv(read, group)
-        scores = torch.where(whole[:, None], query @ repeat_kv(key, group).mT, query @ kept.mT)
-        scores = scores * (dim**-0.5 if scaling is None else scaling)
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        out = scores.softmax(-1) @ repeat_kv(value, group)
+        full, pruned = (query @ repeat_kv(x, group).mT for x in (key, read("key", module.layer_idx, key)))
+        scores = torch.where(whole[:, None], full, pruned) * (dim**-0.5 if scaling is None else scaling)
+        weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
+        out = (weights * whole[:, None]) @ repeat_kv(value, group)
+        out = out + (weights * ~whole[:, None]) @ repeat_kv(read("value", module.layer_idx, value), group)
         return out.transpose(1, 2).contiguous(), None
 
     register(NAME, attend)

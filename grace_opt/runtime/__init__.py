@@ -8,6 +8,6 @@ Post-RoPE keys; the first ``sinks`` real tokens of a row and the last ``recent_w
 others hold the kept channels (docs/cache.md). Tested with transformers 5.2 to 5.23.
 """
 
-from grace_opt.runtime.cache import PrunedCache, cache, cache_nbytes, full_cache_nbytes
+from grace_opt.runtime.cache import PrunedCache, cache, cache_nbytes, full_cache_nbytes, online_cache
 
-__all__ = ["PrunedCache", "cache", "cache_nbytes", "full_cache_nbytes"]
+__all__ = ["PrunedCache", "cache", "cache_nbytes", "full_cache_nbytes", "online_cache"]

@@ -2,227 +2,214 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from grace_opt.errors import InputError
-from grace_opt.graphs.observed import Observed
-from grace_opt.readout import MIXING, Readout, fit, moments
-from grace_opt.runtime.attention import PrunedKeys
+from grace_opt.graphs.bundle import Kind
+from grace_opt.headmaps import AXES
+from grace_opt.runtime.attention import Pruned
+from grace_opt.runtime.channels import Channels
+from grace_opt.runtime.plan import LayerPlan
+from grace_opt.runtime.store import Growing, Integers, Store
 
-OBSERVATION_WINDOW = 32  # queries whose attention weighs the tokens that read-outs are fitted to
+_CROP = 32  # tokens that can be taken back, at most
 
 
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Kept channels of all tokens; dropped channels of the sinks and the recent window only; whole values.
+    """Kept channels of all tokens; dropped channels of the sinks and of the recent window only.
 
-    "Base plus residual window": a token that leaves the window is forgotten by shifting the residual; nothing is
-    packed again. Buffers grow by 1/128 of their length, so at most 0.8 % of them is waste, and a decoded token
-    copies about 128 tokens' worth of cache in the mean instead of all of it.
+    "Base plus residual window": a token that leaves the window is forgotten by shifting the window; nothing is packed
+    again. All KV heads keep the same number of key channels, and of value channels (`RaggedLayer` for others).
 
-    Args:
-        keep: int64[Hkv, dk], the kept channels of each KV head.
-        head_dim: channels D of an original key.
-        sinks, recent_window: how many tokens stay whole at the start and at the end.
-        index: the layer's number, for messages.
-        readouts: one for each KV head, or "prefill" to fit them to each row of the first update; None: dropped channels
-            count as zero. Whole tokens then hold the residual k_P - B k_A - constant in place of k_P, and queries ask
-            for q_A + B'q_P: one formula for all tokens, short of q_P'constant, which cancels in the softmax.
+    Rows of ``_CROP`` more tokens than the window, but no more than the window has, are held so that as many tokens can
+    be taken back (`crop`): those that move into the window from behind are whole again.
     """
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = True
+    is_static = False
 
     dtype: torch.dtype
     device: torch.device
-    _kept: Tensor  #: [B, Hkv, capacity, dk]
-    _values: Tensor  #: [B, Hkv, capacity, Dv]
-    _recent: Tensor  #: [B, Hkv, min(T, recent_window), D - dk]
-    sinks: Tensor | None  #: [B, Hkv, sinks, D - dk], once tokens have left the recent window
-    _first: Tensor | None  #: int64[B], the position of each row's first real token
-    _matrix: Tensor | None  #: [B, Hkv, D - dk, dk], the read-outs' B
-    _constant: Tensor | None  #: [B, Hkv, 1, D - dk]
+    first: Tensor  #: int64[B], the position of each row's first real token
+    keys_held: Channels
+    values_held: Channels
 
-    def __init__(
-        self,
-        keep: Tensor,
-        head_dim: int,
-        sinks: int,
-        recent_window: int,
-        index: int,
-        readouts: Sequence[Readout] | Literal["prefill"] | None = None,
-    ) -> None:
+    def __init__(self, plan: LayerPlan) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.index = index
-        self.width = keep.shape[1]
-        self.sink_count = sinks if self.width < head_dim else 0
-        self.recent_window = recent_window
-        self._selection = _Selection(keep, head_dim)
-        self.readouts = readouts if self.width < head_dim else None
+        self.plan, self.index = plan, plan.index
+        self.sink_count, self.recent_window = plan.sinks, plan.recent_window
+        self.spare = min(self.recent_window, _CROP)
+        self.offloading = False
         self.reset()
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.is_initialized = False
-        self.length = 0
-        self._kept = self._values = self._recent = torch.empty(0)
-        self.sinks = self._first = self._matrix = self._constant = None
-        self.sinks_start: int | None = None  # position of the first sink, if it is the same in all rows
-        self.sinks_end = 0  # one past the last sink of any row
-        self._sinks_pending: Tensor | None = None  # dropped channels of the last tokens, sinks maybe among them
+        self.length: int = 0
+        self.sinks_start: int | None = None  #: position of the first sink, if it is the same in all rows
+        self.sinks_end = 0  #: one past the last sink of any row
+        self._prompt: tuple[Tensor, Tensor] | None = None  # of the first update, until `begin`
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and shapes from the first states. Raises InputError if the mask does not fit them."""
-        heads, head_dim = key_states.shape[1], key_states.shape[3]
-        if self._selection.shape != (heads, head_dim):
-            raise InputError(
-                f"the mask has {self._selection.shape[0]} KV heads of {self._selection.shape[1]} channels in layer "
-                f"{self.index}, the model has {heads} of {head_dim}; use a mask made for this model"
-            )
+        self.plan.check(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._selection.to(self.device)
-        batch, narrowed = key_states.shape[0], head_dim - self.width
-        self._kept = key_states.new_empty(batch, heads, 0, self.width)
-        self._values = value_states.new_empty(batch, heads, 0, value_states.shape[3])
-        self._recent = key_states.new_empty(batch, heads, 0, narrowed)
-        if self.readouts is not None and self.readouts != "prefill":
-            self._set_readouts([self.readouts] * batch)
+        self.batch = key_states.shape[0]
+        self._elements = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
+        self.keys_held = self._channels("key", key_states)
+        self.values_held = self._channels("value", value_states)
+        self.first = torch.zeros(self.batch, dtype=torch.long, device=self.device)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Store new tokens [B, Hkv, n, D]; returns a handle for `attention` in place of keys, and all values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if key_states.dtype != self.dtype or key_states.device != self.device:
-            raise InputError(
-                f"layer {self.index}'s cache holds {self.dtype} on {self.device} and was given {key_states.dtype} on "
-                f"{key_states.device}; start a new cache"
-            )
-        before, new = self.length, key_states.shape[2]
-        kept, dropped = self.split(key_states)
-        dropped = self._residual(kept, dropped)
-        self._kept = _append(self._kept, before, kept)
-        self._values = _append(self._values, before, value_states)
-        self.length = before + new
-        # Until the first tokens leave the window, it holds the sinks too.
-        leaving = self.sinks is None and self.sink_count > 0 and self.length > self.recent_window
-        span = torch.cat([self._recent, dropped], dim=2) if new > 1 or leaving else dropped
-        if leaving:
-            self.sinks = dropped.new_zeros(*dropped.shape[:2], self.sink_count, dropped.shape[3])
-            self._first = torch.zeros(len(dropped), dtype=torch.long, device=self.device)
-            self._sinks_pending = span
-        elif self.sinks_end > before:
-            self._sinks_pending = dropped
-        stays = min(self._recent.shape[2], max(0, self.recent_window - new))
-        fresh = min(new, self.recent_window)
-        if self._recent.shape[3]:
-            # New tensors, not views: a view would hold on to the whole prompt's dropped channels.
-            old = self._recent[:, :, self._recent.shape[2] - stays :]
-            self._recent = torch.cat([old, dropped[:, :, new - fresh :]], dim=2)
-        # A single query sees exactly the recent window whole. Several see each other, and a band of what was stored.
-        residual = self._recent if new == 1 else span
-        return PrunedKeys(self, key_states if before == 0 else None, residual, new), self._values[:, :, : self.length]
+    def _channels(self, kind: Kind, states: Tensor) -> Channels:
+        held = self.plan.channels(kind, states)
+        held.store = self._store(kind, states[..., : held.width])
+        dropped = states.shape[-1] - held.width
+        held.window = states.new_empty(*states.shape[:2], 0, dropped)
+        held.sinks = states.new_zeros(*states.shape[:2], self.sink_count, dropped)
+        return held
+
+    def _store(self, kind: Kind, like: Tensor) -> Store:
+        bits = self.plan.bits.get(kind)
+        if bits is None:
+            return Growing(like)
+        return Integers(like, bits, AXES[kind], self.recent_window + self.spare)
 
     @property
-    def kept(self) -> Tensor:
-        """[B, Hkv, T, dk]: the kept channels of all tokens."""
-        return self._kept[:, :, : self.length]
+    def columns(self) -> int:
+        """For how many tokens scores are computed."""
+        return self.length
 
-    def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, Hkv, m, D] -> each head's kept channels [.., dk] and its dropped ones [.., D - dk]."""
-        order = self._selection.order
-        states = states.gather(-1, order[None, :, None].expand(*states.shape[:3], -1))
-        return states[..., : self.width], states[..., self.width :]
+    @property
+    def held(self) -> tuple[Channels, Channels]:
+        """Keys and values."""
+        return self.keys_held, self.values_held
 
-    def asked(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [B, Hkv, m, D] as they meet the kept channels, and the residuals of whole tokens."""
-        kept, dropped = self.split(query)
-        return (kept if self._matrix is None else kept + dropped @ self._matrix), dropped
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Store new tokens [B, Hkv, n, D]; returns a handle that only `attention` can read, for keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states)
+        if self.offloading:
+            self.prefetch()
+        new = key_states.shape[2]
+        self._grow(new)
+        before = self.length - new
+        if self._is_prompt(before):
+            self._prompt = key_states, value_states
+            return (handle := Pruned(self, new, self._prompt)), handle
+        rows = [held.append(states, before) for held, states in zip(self.held, (key_states, value_states), strict=True)]
+        spans = [self._shift(held, each) for held, each in zip(self.held, rows, strict=True)]
+        return (handle := Pruned(self, new, None, spans, rows)), handle
 
-    def _residual(self, kept: Tensor, dropped: Tensor) -> Tensor:
-        """The dropped channels of keys, less what they are read as."""
-        if self._matrix is None or self._constant is None:
-            return dropped
-        return dropped - kept @ self._matrix.mT - self._constant
+    def _check(self, states: Tensor) -> None:
+        if states.dtype != self.dtype or states.device != self.device:
+            raise InputError(
+                f"layer {self.index}'s cache holds {self.dtype} on {self.device} and was given {states.dtype} on "
+                f"{states.device}; start a new cache"
+            )
+        if states.shape[0] != self.batch:
+            raise InputError(
+                f"layer {self.index}'s cache holds {self.batch} rows and was given {states.shape[0]}; start a new cache"
+            )
 
-    def fit(self, query: Tensor, keys: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> None:
-        """After the first update: fit each row's read-outs to its old tokens, with the attention that its last queries
-        pay them as weights (`grace_opt.readout`). A row without old tokens keeps reading zeros.
-        """
-        if self.readouts != "prefill":
-            return
-        tokens, rows = keys.shape[2], []
-        starts = [0] * len(keys) if mask is None else _first_seen(mask, tokens).expand(len(keys)).tolist()
-        if tokens - min(starts) <= self.sink_count + self.recent_window:
-            return
-        keep = self._selection.order[:, : self.width].cpu().numpy()
-        for row, first in enumerate(starts):
-            if tokens - first <= self.sink_count + self.recent_window:
-                zeros = np.zeros((self._selection.shape[1] - self.width, self.width))
-                rows.append([Readout(zeros.sum(1), zeros)] * len(keep))
-                continue
-            last = max(first, tokens - OBSERVATION_WINDOW)
-            whole = (self.sink_count, self.recent_window)
-            seen = Observed(query[row, :, last:], keys[row, :, first:], value[row, :, first:], scaling, *whole)
-            about = moments(seen.keys[:, seen.prunable], seen.token_weights, MIXING["key"])
-            rows.append([fit(each, kept) for each, kept in zip(about, keep, strict=True)])
-        self._set_readouts(rows)
-        self._recent = self._residual(self.kept[:, :, self.length - self._recent.shape[2] :], self._recent)
-        if self.sinks is not None:
-            columns = self.sink_columns().clamp(max=self.length - 1)[:, None, :, None]
-            kept = self.kept.gather(2, columns.expand(-1, len(keep), -1, self.width))
-            self.sinks = self._residual(kept, self.sinks)
+    def _grow(self, new: int) -> None:
+        self.length += new
 
-    def _set_readouts(self, rows: Sequence[Sequence[Readout]]) -> None:
-        matrix = np.array([[each.matrix for each in heads] for heads in rows])
-        constant = np.array([[each.constant for each in heads] for heads in rows])
-        self._matrix = torch.as_tensor(matrix, dtype=self.dtype, device=self.device)
-        self._constant = torch.as_tensor(constant, dtype=self.dtype, device=self.device)[:, :, None]
+    def _is_prompt(self, before: Any) -> bool:
+        return bool(before == 0)
 
-    def find_sinks(self, mask: Tensor | None) -> None:
-        """Store the dropped channels of the sinks among the tokens that just came or just left the window.
+    def _shift(self, held: Channels, rows: Tensor) -> Tensor:
+        """Move new rows into the window; returns the rows that the new queries may see whole, the last ones."""
+        span = torch.cat([held.window, rows], dim=2)
+        kept = span[:, :, max(0, span.shape[2] - self.recent_window - self.spare) :]
+        # A view would hold on to the whole prompt's dropped channels.
+        held.window = kept if kept.shape[2] == span.shape[2] else kept.clone()
+        return span[:, :, span.shape[2] - min(span.shape[2], self.recent_window) :] if rows.shape[2] == 1 else span
+
+    def begin(self, module: Any, query: Tensor, scaling: float, mask: Tensor | None) -> None:
+        """Store the first update: choose channels and fit read-outs if that is asked for, and find the sinks.
 
         The sinks are each row's first real tokens, so that padding on the left changes nothing. ``mask`` is the
         attention mask [B or 1, 1, n, T]: a row's first real token is the first that its last query may see.
         """
-        if self._sinks_pending is None or self.sinks is None or self._first is None:
+        if self._prompt is None:
             return
-        dropped, self._sinks_pending = self._sinks_pending, None
-        before = self.length - dropped.shape[2]
+        states, self._prompt = self._prompt, None
+        tokens = states[0].shape[2]
+        refuse_right_padding(mask, tokens)
+        self._find_first(mask, tokens)
+        self.plan.begin(self.held, states, module, query, scaling, self.first)
+        for held, each in zip(self.held, states, strict=True):
+            kept, dropped = held.split(each)
+            held.store.append(kept, 0)
+            last = min(tokens, self.recent_window + self.spare)
+            self._set_window(held, held.rows(kept[:, :, tokens - last :], dropped[:, :, tokens - last :]))
+            self._put_sinks(held, held.rows(*(self._at_sinks(x, 0) for x in (kept, dropped))), 0, tokens)
+        self._start_integers()
+
+    def _set_window(self, held: Channels, rows: Tensor) -> None:
+        held.window = rows.clone()
+
+    def follow(self, handle: Pruned, mask: Tensor | None) -> None:
+        """Store the sinks among the tokens that just came."""
+        before = self.length - handle.new
+        if handle.new > 1:
+            refuse_right_padding(mask, self.length)
+        if self.sinks_end <= before:
+            return
+        self._find_first(mask, self.length)
+        for held, rows in zip(self.held, handle.rows, strict=True):
+            self._put_sinks(held, self._at_sinks(rows, before), before, handle.new)
+        self._start_integers()
+
+    def _find_first(self, mask: Tensor | None, length: int) -> None:
+        """Where each row's real tokens begin."""
         if mask is not None:
-            self._first = _first_seen(mask, self.length).expand(len(self._first)).clone()
-        slot = self.sink_columns() - before  # [B, sinks], where among these tokens each sink is
-        arrived = (slot >= 0) & (slot < dropped.shape[2])
-        index = slot.clamp(0, dropped.shape[2] - 1)[:, None, :, None].expand(self.sinks.shape)
-        self.sinks = torch.where(arrived[:, None, :, None], dropped.gather(2, index), self.sinks)
-        earliest, latest = int(self._first.min()), int(self._first.max())
+            self.first = first_seen(mask, length).expand(self.batch).clone()
+        earliest, latest = (0, 0) if mask is None else (int(self.first.min()), int(self.first.max()))
         self.sinks_start = earliest if earliest == latest else None
         self.sinks_end = latest + self.sink_count
 
+    def _at_sinks(self, tokens: Tensor, before: Any) -> Tensor:
+        """[B, H, m, d] of tokens from position ``before`` on -> [B, H, sinks, d], anything where there is none."""
+        slot = (self.sink_columns() - before).clamp(0, tokens.shape[2] - 1)
+        return tokens.gather(2, slot[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3]))
+
+    def _put_sinks(self, held: Channels, rows: Tensor, before: Any, new: int) -> None:
+        slot = self.sink_columns() - before
+        arrived = ((slot >= 0) & (slot < new))[:, None, :, None]
+        held.sinks = torch.where(arrived, rows, held.sinks)
+
     def sink_columns(self) -> Tensor:
         """int64[B, sinks]: the position of each row's sinks."""
-        assert self._first is not None
-        return self._first[:, None] + torch.arange(self.sink_count, device=self._first.device)
+        return self.first[:, None] + torch.arange(self.sink_count, device=self.first.device)
+
+    def _start_integers(self) -> None:
+        """Pack old tokens once the sinks have come; these stay as they are."""
+        if self.plan.bits and self.sinks_end <= self.length:
+            for held in self.held:
+                if isinstance(held.store, Integers) and not held.store.started:
+                    held.store.start(self.sinks_end)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds tokens."""
         if not self.is_initialized:
             return []
-        held = [self._kept, self._values, self._recent, self.sinks, self._first, self._matrix, self._constant]
-        return [tensor for tensor in held if tensor is not None]
+        return [*self.keys_held.tensors(), *self.values_held.tensors(), self.first]
 
     def full_nbytes(self) -> int:
         """Bytes of as many whole keys and values, without growth space."""
         if not self.is_initialized:
             return 0
-        batch, heads, _, width = self._values.shape
-        return batch * heads * self.length * (self._selection.shape[1] + width) * self._values.element_size()
+        return self.batch * self._elements * int(self.length) * self.dtype.itemsize
 
     def get_seq_length(self) -> int:
         """How many tokens have come."""
@@ -241,11 +228,41 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     get_max_cache_shape = get_max_length  # its name in transformers before 5.10
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: a token that left the window cannot be made whole again."""
-        if tokens_to_remove:
+        """Forget the last -``tokens_to_remove`` tokens (a positive number: all but so many, as before 5.10).
+
+        Exact: what is left is as if they had never come. Raises InputError if that cannot be.
+        """
+        count = self.removable(tokens_to_remove)
+        if count:
+            self._crop(count)
+
+    def _crop(self, count: int) -> None:
+        self.length -= count
+        for held in self.held:
+            held.store.crop(self.length)
+            held.window = held.window[:, :, : max(0, held.window.shape[2] - count)].clone()
+
+    def removable(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` would forget. Raises InputError if it cannot."""
+        length = int(self.length)
+        count = max(0, length - tokens_to_remove) if tokens_to_remove > 0 else min(-tokens_to_remove, length)
+        if not count:
+            return 0
+        most = length - max(held.store.fixed for held in self.held)
+        oldest = self._oldest_row()  # what moves into the recent window from behind must be whole
+        if oldest > 0 and self.recent_window and any(held.order is not None for held in self.held):
+            most = min(most, length - oldest - self.recent_window)
+        if count > most:
             raise InputError(
-                "a channel-pruned cache cannot be cropped, so assisted and speculative decoding are not supported yet"
+                f"the last {count} tokens cannot be taken back, only {max(0, most)}: what would move into the recent "
+                f"window of {self.recent_window} is pruned already; take back no more tokens than the window has, "
+                f"{_CROP} at most, or start a new cache"
             )
+        return count
+
+    def _oldest_row(self) -> int:
+        """The position of the first token in the window."""
+        return self.length - self.keys_held.window.shape[2]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search: row b becomes what row beam_idx[b] was."""
@@ -270,42 +287,28 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        self._kept, self._values, self._recent = change(self._kept), change(self._values), change(self._recent)
-        if self.sinks is not None and self._first is not None:
-            self.sinks, self._first = change(self.sinks), change(self._first)
-        if self._matrix is not None and self._constant is not None:
-            self._matrix, self._constant = change(self._matrix), change(self._constant)
+        self.first = change(self.first)
+        self.batch = len(self.first)
+        for held in self.held:
+            held.each(change)
 
 
-def _first_seen(mask: Tensor, length: int) -> Tensor:
-    """int64[B or 1]: the first position that each row's last query may see, under a mask [B or 1, 1, n, T]."""
-    seen = mask[:, 0, -1, :length]
-    seen = seen if seen.dtype == torch.bool else seen > -1e3  # masks go by -1e4 and lower
+def first_seen(mask: Tensor, length: int) -> Tensor:
+    """int64[B or 1]: the first position that each row's last query may see, under a mask [B or 1, 1, n, T]; if there is
+    none, ``length``.
+    """
+    seen = _seen(mask, length)
     return torch.where(seen.any(1), seen.int().argmax(1), length)
 
 
-class _Selection:
-    """The channel order of a layer; it belongs to the mask, not to any token."""
-
-    def __init__(self, keep: Tensor, head_dim: int) -> None:
-        self.shape = (keep.shape[0], head_dim)
-        dropped = torch.ones(self.shape, dtype=torch.bool).scatter_(1, keep, False)
-        behind = dropped.nonzero()[:, 1].view(keep.shape[0], -1)
-        self.order = torch.cat([keep, behind], dim=1)
-
-    def to(self, device: torch.device) -> None:
-        self.order = self.order.to(device)
+def _seen(mask: Tensor, length: int) -> Tensor:
+    row = mask[:, 0, -1, :length]
+    return row if row.dtype == torch.bool else row > -1e3  # masks go by -1e4 and lower
 
 
-def _append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
-    """``buffer`` [B, H, capacity, d] with ``new`` [B, H, n, d] written from ``length`` on, grown if it must."""
-    end = length + new.shape[2]
-    # Autograd and inference mode forbid writing into what they have seen: then every update copies.
-    frozen = torch.is_grad_enabled() or (buffer.is_inference() and not torch.is_inference_mode_enabled())
-    if end > buffer.shape[2] or (frozen and length):
-        capacity = end if length == 0 else end + end // 128
-        grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
-        grown[:, :, :length] = buffer[:, :, :length]
-        buffer = grown
-    buffer[:, :, length:end] = new
-    return buffer
+def refuse_right_padding(mask: Tensor | None, length: int) -> None:
+    """The last tokens of a row are its recent window: they must be real."""
+    if mask is not None:
+        seen = _seen(mask, length)
+        if bool((seen.any(1) & ~seen[:, -1]).any()):
+            raise InputError("a row of the batch is padded on the right; pad prompts on the left")
