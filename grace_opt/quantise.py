@@ -51,12 +51,12 @@ class Packed:
     def unpack(self) -> Tensor:
         """The tensor in its original shape and dtype, contiguous; see `quantise` for the error. O(elements)."""
         length = self.shape[-2 if self.axis == "channel" else -1]
-        codes = _unpack(self.codes, self.bits, length)
-        scale, zero = (
-            each.float().repeat_interleave(self.group, dim=-1)[..., :length] for each in (self.scale, self.zero)
-        )
+        scale, zero = self.scale.float(), self.zero.float()
+        if scale.shape[-1] > 1:
+            scale, zero = (each.repeat_interleave(self.group, dim=-1)[..., :length] for each in (scale, zero))
         # The scale is rounded up, so the topmost code of a group may lie just above the largest float16.
-        rows = (zero + scale * codes).clamp(-_LIMIT, _LIMIT).to(self.dtype)
+        rows = _unpack(self.codes, self.bits, length).float().mul_(scale).add_(zero)
+        rows = rows.clamp_(-_LIMIT, _LIMIT).to(self.dtype)
         return (rows.mT if self.axis == "channel" else rows).contiguous()
 
 
@@ -140,8 +140,11 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int, length: int) -> Tensor:
-    """The inverse of `_pack`: int32[..., length]."""
+    """The inverse of `_pack`: integers[..., length]."""
     per, size = _unit(bits)
+    if size == 1:  # codes do not cross bytes
+        each = [(packed >> bits * i) & (2**bits - 1) for i in range(per)] if per > 1 else [packed]
+        return torch.stack(each, dim=-1).flatten(-2)[..., :length]
     units = math.ceil(length / per)
     missing = units * size - packed.shape[-1]
     padded = torch.nn.functional.pad(packed, (0, missing)).int().view(*packed.shape[:-1], units, size)
