@@ -8,7 +8,7 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -366,6 +366,19 @@ def generate(
     mask: Annotated[
         Path | None, typer.Option("--mask", help="Mask folder, from grace-opt solve; the plain cache if left out.")
     ] = None,
+    method: Annotated[
+        str | None, _option("--method", help="In place of a mask: choose the channels from the prompt by this method.")
+    ] = None,
+    ratio: Annotated[float, _option("--ratio", help="With --method: fraction of the key channels to prune.")] = 0.5,
+    value_ratio: Annotated[
+        float, _option("--value-ratio", help="With --method: fraction of the value channels to prune.")
+    ] = 0.0,
+    key_bits: Annotated[
+        int | None, _option("--key-bits", help="Hold old keys as integers of 2, 3, 4 or 8 bits.")
+    ] = None,
+    value_bits: Annotated[
+        int | None, _option("--value-bits", help="Hold old values as integers of 2, 3, 4 or 8 bits.")
+    ] = None,
     prompt: Annotated[
         str | None, _option("--prompt", help="The prompt; standard input if it and --prompt-file are left out.")
     ] = None,
@@ -386,6 +399,10 @@ def generate(
     from grace_opt.models import load_model
     from grace_opt.texts import read_pieces
 
+    if mask is not None and method is not None:
+        raise InputError("--mask and --method exclude each other; give one of them")
+    if mask is None and method is None and (key_bits or value_bits):
+        raise InputError("integers hold the channels that a mask or a method keeps; give --mask or --method too")
     if prompt is None:
         prompt = "".join(read_pieces(prompt_file or "-"))
     elif prompt_file is not None:
@@ -393,9 +410,17 @@ def generate(
     loaded_mask = None if mask is None else load_mask(mask)
     _hush_transformers(quiet)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    record = run(loaded, tokenizer, prompt, loaded_mask, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    from grace_opt import runtime
+
+    past, bits = None, {"key_bits": key_bits, "value_bits": value_bits}
+    if loaded_mask is not None:
+        past = runtime.cache(loaded_mask, loaded, **cast(Any, bits))
+    elif method is not None:
+        past = runtime.online_cache(loaded, method, ratio=ratio, value_ratio=value_ratio, **cast(Any, bits))
+    record = run(loaded, tokenizer, prompt, past, max_new_tokens=max_new_tokens, num_beams=num_beams)
     if format is Format.JSON:
-        _print_records([{"model": model, "mask": None if mask is None else str(mask), **record}], format)
+        about = {"model": model, "mask": None if mask is None else str(mask), "method": method}
+        _print_records([{**about, **record}], format)
         return
     print(record["text"])
     if not quiet:

@@ -31,12 +31,12 @@ def generate(
     model: PreTrainedModel,
     tokenizer: Any,
     prompt: str,
-    mask: KVMask | None = None,
+    past: Cache | None = None,
     *,
     max_new_tokens: int = 64,
     num_beams: int = 1,
 ) -> dict[str, Any]:
-    """Continue a prompt greedily (or with beams) and say what the cache cost.
+    """Continue a prompt greedily (or with beams) on an empty cache, transformers' own if None, and say what it cost.
 
     Returns a record with ``text`` (the continuation), ``new_tokens``, ``seconds`` (prefill included), ``tokens`` (that
     the cache holds), ``cache_bytes`` (counted on its tensors) and ``full_cache_bytes`` (of a plain cache of as many
@@ -53,7 +53,7 @@ def generate(
     if length == 0:
         raise InputError("the prompt is empty; give at least one word")
     check_context(model, length, max_new_tokens)
-    past = new_cache(model, mask)
+    past = new_cache(model, None) if past is None else past
     began = time.perf_counter()
     with torch.inference_mode():
         ids = cast(Any, model).generate(

@@ -231,6 +231,19 @@ def test_the_whole_path_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> N
     assert pruned["tokens"] == 109
     assert plain["cache_bytes"] == plain["full_cache_bytes"] == pruned["full_cache_bytes"] == 109 * 2 * 2 * 32 * 4
     assert pruned["cache_bytes"] == pytest.approx((109 * 24 + (36 + 32) * 8) * 2 * 2 * 4, rel=0.02)
+    chosen = records(inside("generate", tiny_folder, "--method", "grace-opt", "--ratio", 0.5, *prompt))[0]
+    assert chosen["cache_bytes"] > pruned["cache_bytes"] > 0.6 * chosen["cache_bytes"]  # it holds read-outs too
+    packed = ("--key-bits", 4, "--value-bits", 4)
+    assert records(inside("generate", tiny_folder, "--mask", mask, *packed, *prompt))[0]["cache_bytes"] < (
+        0.9 * pruned["cache_bytes"]
+    )
+    for wrong, said in (
+        (("--mask", mask, "--method", "think"), "--mask and --method exclude each other"),
+        (packed, "give --mask or --method too"),
+        (("--mask", mask, "--key-bits", 5), "packed integers have 2, 3, 4 or 8 bits, got 5"),
+        (("--method", "thimk"), "unknown method 'thimk'; did you mean 'think'?"),
+    ):
+        assert said in sentence(inside("generate", tiny_folder, *wrong, *prompt))
     records(inside("solve", graphs, "--ratio", 0, "-o", mask, "-f", "json"))
     unpruned = records(inside("generate", tiny_folder, "--mask", mask, *prompt))[0]
     assert unpruned["text"] == plain["text"]
