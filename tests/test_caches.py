@@ -441,3 +441,35 @@ def test_options_that_cannot_be_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=message):
             grace_opt.runtime.online_cache(model, method, **more)
+
+
+def test_protection_that_leaves_too_little_is_said() -> None:
+    model = tiny_model("Llama")
+    past = grace_opt.runtime.online_cache(model, "grace", ratio=0.93)
+    ids = torch.randint(3, 99, (1, 60))
+    from dataclasses import replace
+
+    from grace_opt.graphs.protection import Protection
+    from grace_opt.methods import METHODS
+
+    strict = replace(METHODS["grace"], protection=Protection(at_least=0.3, at_most=0.3))
+    with pytest.raises(InputError, match="protection leaves 12; prune fewer"), torch.no_grad():
+        model(input_ids=ids, past_key_values=grace_opt.runtime.online_cache(model, strict, ratio=0.8))
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=past)
+
+
+def test_read_outs_of_the_runtime_are_those_of_masks() -> None:
+    from grace_opt.readout import fit, moments, weighted_moments
+    from grace_opt.runtime.plan import fit as batched
+
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 50, 12, generator=rng) @ torch.randn(12, 12, generator=rng)
+    tokens[2, :, :5] = 1.0  # kept channels that do not vary
+    weights = torch.rand(3, 50, generator=rng).softmax(-1)
+    for width in (0, 5, 12):
+        matrix, constant = batched(*weighted_moments(tokens, weights, 0.05), width, 1e-3)
+        for head, about in enumerate(moments(tokens, weights, 0.05)):
+            each = fit(about, torch.arange(width).numpy())
+            torch.testing.assert_close(matrix[head], torch.from_numpy(each.matrix))
+            torch.testing.assert_close(constant[head], torch.from_numpy(each.constant))

@@ -109,7 +109,7 @@ class LayerPlan:
         scaling: float,
         first: Tensor,
     ) -> None:
-        """Choose channels from the prompts, and fit read-outs to them, if the plan asks for it.
+        """Choose channels from the prompts and fit read-outs to them, all rows at once, if the plan asks for it.
 
         states: keys and values [B, H, T, n]; query [B, Hq, T, n]; first int64[B], where each row begins. A row without
         old tokens is read as zeros, and its channels are chosen as if all of its tokens were old.
@@ -139,46 +139,52 @@ class LayerPlan:
             if kind not in pruned:
                 continue
             if self.budget is not None:
-                channels.order = torch.stack([self._choose(kind, seen, channels.width) for seen, _ in rows])
+                channels.order = self._choose(kind, [seen for seen, _ in rows], channels.width)
                 channels.per_prompt = True
             if self.readouts == "prefill" and any(old for _, old in rows):
-                fitted = [self._fit(kind, seen, channels, row, old) for row, (seen, old) in enumerate(rows)]
-                matrix, constant = (torch.stack(each) for each in zip(*fitted, strict=True))
-                _set_readouts(channels, matrix, constant, keys)
+                _set_readouts(channels, *self._fit(kind, rows, channels), keys)
 
-    def _choose(self, kind: Kind, seen: Observed, width: int) -> Tensor:
-        """int64[H, n]: each head's channels, the kept ones first, both in order."""
-        counted = seen if self.policy.aligned else seen.unaligned
+    def _choose(self, kind: Kind, rows: Sequence[Observed], width: int) -> Tensor:
+        """int64[B, H, n]: each head's channels, the kept ones first, both in order."""
+        counted = rows if self.policy.aligned else [seen.unaligned for seen in rows]
         objectives = KEY_OBJECTIVES if kind == "key" else VALUE_OBJECTIVES
-        weights = objectives[self.policy.objective if kind == "key" else self.policy.value_objective](counted)
-        protected = None
+        objective = objectives[self.policy.objective if kind == "key" else self.policy.value_objective]
+        weights = torch.stack([objective(seen) for seen in counted])
+        prune, protected = weights.shape[-1] - width, None
         if self.policy.protection is not None and kind == "key":
-            norms = double(counted.keys[:, counted.prunable]).square().sum(1).sqrt().cpu().numpy()
-            each = np.stack([salient_channels(head, self.policy.protection) for head in norms])
-            protected = torch.from_numpy(each).to(weights.device)
-        prune = weights.shape[-1] - width
+            norms = [double(seen.keys[:, seen.prunable]).square().sum(1).sqrt().cpu().numpy() for seen in counted]
+            salient = np.array([[salient_channels(head, self.policy.protection) for head in row] for row in norms])
+            if prune > (most := int((~salient).sum(-1).min())):
+                raise InputError(
+                    f"{prune} channels of each head are to be pruned and protection leaves {most}; prune fewer, or use "
+                    "a method without protection"
+                )
+            protected = torch.from_numpy(salient).to(weights.device).flatten(0, 1)
         if self.policy.solver == "independent":
-            weights = torch.diag_embed(weights.diagonal(dim1=1, dim2=2))
-        chosen = greedy(weights, prune, protected)
-        return chosen.int().argsort(dim=1, stable=True).to(seen.keys.device)
+            weights = torch.diag_embed(weights.diagonal(dim1=2, dim2=3))
+        chosen = greedy(weights.flatten(0, 1), prune, protected).view(weights.shape[:3])
+        return chosen.int().argsort(dim=2, stable=True).to(rows[0].keys.device)
 
-    def _fit(self, kind: Kind, seen: Observed, held: Channels, row: int, old: bool) -> tuple[Tensor, Tensor]:
-        tokens = (seen.keys if kind == "key" else seen.values)[:, seen.prunable]
+    def _fit(self, kind: Kind, rows: Sequence[tuple[Observed, bool]], held: Channels) -> tuple[Tensor, Tensor]:
+        """B [B, H, n - d, d] and constants [B, H, n - d]; zeros for a row without old tokens."""
         assert held.order is not None
-        order = held.order[min(row, len(held.order) - 1)]
-        x = tokens.gather(2, order[:, None].expand(tokens.shape))
-        dropped = x.shape[2] - held.width
-        if not old:
-            zeros = double(x.new_zeros(len(x), dropped, held.width))
-            return zeros, zeros.sum(2)
-        if kind in self.bits:  # the read-out is fitted on what is stored: kept channels as they come back
-            kept = x[..., : held.width]
-            back = quantise(kept, self.bits[kind], AXES[kind], GROUP).unpack()
-            x = torch.cat([back, x[..., held.width :]], dim=2)
-        mixing = self.policy.mixing if kind == "key" else self.policy.value_mixing
-        weights = seen.token_weights if self.policy.readout == "attention" else None
-        mean, covariance = weighted_moments(x, weights, mixing)
-        return fit(mean, covariance, held.width, self.policy.ridge, linear=self.policy.readout != "mean")
+        about = []
+        for row, (seen, old) in enumerate(rows):
+            tokens = (seen.keys if kind == "key" else seen.values)[:, seen.prunable]
+            order = held.order[min(row, len(held.order) - 1)]
+            x = tokens.gather(2, order[:, None].expand(tokens.shape))
+            if not old:
+                x = torch.zeros_like(x)
+            if kind in self.bits:  # the read-out is fitted on what is stored: kept channels as they come back
+                back = quantise(x[..., : held.width], self.bits[kind], AXES[kind], GROUP).unpack()
+                x = torch.cat([back, x[..., held.width :]], dim=2)
+            mixing = self.policy.mixing if kind == "key" else self.policy.value_mixing
+            weights = seen.token_weights if self.policy.readout == "attention" else None
+            about.append(weighted_moments(x, weights, mixing))
+        mean, covariance = (torch.cat(each) for each in zip(*about, strict=True))
+        fitted = fit(mean, covariance, held.width, self.policy.ridge, linear=self.policy.readout != "mean")
+        matrix, constant = (each.view(len(rows), -1, *each.shape[1:]) for each in fitted)
+        return matrix, constant
 
 
 def greedy(weights: Tensor, prune: int, protected: Tensor | None = None) -> Tensor:
