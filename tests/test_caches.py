@@ -445,7 +445,6 @@ def test_options_that_cannot_be_are_refused() -> None:
 
 def test_protection_that_leaves_too_little_is_said() -> None:
     model = tiny_model("Llama")
-    past = grace_opt.runtime.online_cache(model, "grace", ratio=0.93)
     ids = torch.randint(3, 99, (1, 60))
     from dataclasses import replace
 
@@ -455,8 +454,6 @@ def test_protection_that_leaves_too_little_is_said() -> None:
     strict = replace(METHODS["grace"], protection=Protection(at_least=0.3, at_most=0.3))
     with pytest.raises(InputError, match="protection leaves 12; prune fewer"), torch.no_grad():
         model(input_ids=ids, past_key_values=grace_opt.runtime.online_cache(model, strict, ratio=0.8))
-    with torch.no_grad():
-        model(input_ids=ids, past_key_values=past)
 
 
 def test_read_outs_of_the_runtime_are_those_of_masks() -> None:
