@@ -15,7 +15,7 @@ import numpy as np
 
 from grace_opt.errors import InputError
 from grace_opt.graphs.bundle import GraphBundle, Kind
-from grace_opt.problem import FloatArray, SubsetProblem
+from grace_opt.problem import FloatArray, SubsetProblem, prune_count
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def allot(
     if sharing.budget == "uniform":
         if budget.bytes_per_token is None:
             up = sharing.rounding == "ceil"
-            return {kind: _uniform(heads, budget.of(kind), up=up) for kind, heads in problems.items()}
+            # A head with less to prune is refused when its problem is made.
+            return {kind: [prune_count(budget.of(kind), p.n, up=up) for p in heads] for kind, heads in problems.items()}
         ratio = max(
             0.0,
             (whole - budget.bytes_per_token)
@@ -101,7 +102,7 @@ def allot(
                 f"an old token takes at least {math.ceil(least)} of {whole:g} bytes if every head prunes the same, and "
                 f"{budget.bytes_per_token:g} is asked for; raise the budget, prune values too or protect fewer channels"
             )
-        return {kind: _uniform(heads, ratio, up=True) for kind, heads in problems.items()}
+        return {kind: [prune_count(ratio, p.n, up=True) for p in heads] for kind, heads in problems.items()}
     for heads in problems.values():
         if heads[0].n % sharing.align:
             raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {sharing.align}; change align")
@@ -161,13 +162,6 @@ def bytes_per_channel(bits: int | None, element_size: int) -> float:
     A little less than what is held where tokens (keys) or a head's kept channels (values) are no multiple of 32.
     """
     return element_size if bits is None else (bits + 1) / 8
-
-
-def _uniform(problems: Sequence[SubsetProblem], ratio: float, *, up: bool) -> list[int]:
-    """The same number for each head; a head with less to prune is refused when its problem is made."""
-    n = problems[0].n
-    count = math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9)
-    return [min(count, n - 1)] * len(problems)
 
 
 def _comparable(problems: Sequence[SubsetProblem], kind: Kind, queries: int) -> list[FloatArray]:

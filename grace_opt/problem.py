@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -244,3 +245,9 @@ def _checked_groups(groups: ArrayLike, n: int, name: str) -> IntArray:
     if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name}: groups must be {n} whole numbers, not {array.dtype} of shape {array.shape}")
     return array.astype(np.int64)
+
+
+def prune_count(ratio: float, n: int, *, up: bool = False) -> int:
+    """How many of n channels a ratio in [0, 1) prunes: ratio * n rounded down, or ``up``; one is kept at least."""
+    count = math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9)  # 0.7 * 10 is 6.999999999999999
+    return min(count, n - 1)

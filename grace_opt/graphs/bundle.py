@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from grace_opt.errors import InputError
 from grace_opt.files import read_safetensors, replacing, write_safetensors
-from grace_opt.problem import BoolArray, FloatArray, IntArray, SubsetProblem
+from grace_opt.problem import BoolArray, FloatArray, IntArray, SubsetProblem, prune_count
 
 FORMAT, VERSION = "grace_opt.graphs", "1"
 
@@ -94,7 +93,7 @@ class GraphBundle:
 
 def _count(ratio: float, head: HeadGraph) -> int:
     """How many channels a ratio prunes: rounded down, and to whole pairs where all channels are tied in pairs."""
-    count = min(math.floor(ratio * len(head.weights) + 1e-9), len(head.weights) - 1)
+    count = prune_count(ratio, len(head.weights))
     paired = head.groups is not None and (np.unique(head.groups, return_counts=True)[1] == 2).all()
     return count - count % 2 if paired else count
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from grace_opt.graphs.observed import Observed, double, output_projection
 from grace_opt.graphs.protection import salient_channels
 from grace_opt.headmaps import AXES, KINDS
 from grace_opt.methods import Method
+from grace_opt.problem import prune_count
 from grace_opt.quantise import Bits, quantise
 from grace_opt.readout import Readout, weighted_moments
 from grace_opt.runtime.channels import Channels
@@ -78,9 +78,7 @@ class LayerPlan:
             return int(self.keep[kind].shape[1])
         if self.budget is None:
             return n
-        up = self.policy.rounding == "ceil"
-        ratio = self.budget.of(kind)
-        return n - min(n - 1, math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9))
+        return n - prune_count(self.budget.of(kind), n, up=self.policy.rounding == "ceil")
 
     def channels(self, kind: Kind, states: Tensor) -> Channels:
         """Empty keys or values for states [B, H, _, n], with static read-outs in place."""
