@@ -23,10 +23,18 @@ def text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
+def stated(config: Any, name: str) -> Any:
+    """A field of a configuration, None without it; a list with each layer's where layers may differ (Gemma 4)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
 def config_sha256(config: Any) -> str:
     """sha256 (hex) of the fields that shape keys and queries, RoPE included; the same for most fine-tunes."""
     text = text_config(config)
-    fields = {name: getattr(text, name, None) for name in _HASHED}
+    fields = {name: stated(text, name) for name in _HASHED}
     rope = getattr(text, "rope_parameters", None) or {}
     fields["rope_theta"] = rope.get("rope_theta", getattr(text, "rope_theta", None))
     fields["rope_type"], fields["rope_factor"] = rope.get("rope_type", "default"), rope.get("factor")
@@ -36,8 +44,10 @@ def config_sha256(config: Any) -> str:
 def head_dim(config: Any) -> int | None:
     """Channels of a key, as far as the configuration says."""
     text = text_config(config)
-    stated = getattr(text, "head_dim", None)
-    if stated:
-        return int(stated)
-    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
-    return int(hidden) // int(heads) if hidden and heads else None
+    dim = stated(text, "head_dim")
+    if isinstance(dim, list):
+        return None
+    if dim:
+        return int(dim)
+    hidden, heads = stated(text, "hidden_size"), stated(text, "num_attention_heads")
+    return int(hidden) // int(heads) if isinstance(hidden, int) and isinstance(heads, int) else None

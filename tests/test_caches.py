@@ -9,6 +9,7 @@ import torch
 from families import tiny_model
 from generation import assert_same, compare, prompts, random_mask, run
 from reference import use_zero_channel_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache
 
 import grace_opt.runtime
@@ -470,3 +471,42 @@ def test_read_outs_of_the_runtime_are_those_of_masks() -> None:
             each = fit(about, torch.arange(width).numpy())
             torch.testing.assert_close(matrix[head], torch.from_numpy(each.matrix))
             torch.testing.assert_close(constant[head], torch.from_numpy(each.constant))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name()
+        self.count += name.startswith(("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_decoded_token_waits_for_nothing() -> None:
+    from grace_opt.runtime.attention import attention
+
+    model = tiny_model("Llama")
+    module = model.model.layers[0].self_attn
+    mask = random_mask(model, 7, values=8, recent_window=4, sinks=2, readout="prefill", ragged=True)
+    masked = torch.ones(2, 1, 1, 200, dtype=torch.bool)
+    masked[0, ..., :5] = False
+    causal = torch.ones(100, 100, dtype=torch.bool).tril()
+    pasts = [grace_opt.runtime.cache(mask, model), grace_opt.runtime.online_cache(model, ratio=0.5, value_ratio=0.5)]
+    for past in pasts:
+        layer, waits = past.layers[0], Waits()
+
+        def step(new: int, seen: torch.Tensor, layer: Any = layer) -> None:
+            keys, values = layer.update(torch.randn(2, 2, new, 16), torch.randn(2, 2, new, 16))
+            attention(module, torch.randn(2, 4, new, 16), keys, values, seen)
+
+        with torch.inference_mode(), waits:
+            step(100, masked[..., :100] & causal)
+            prompt, waits.count = waits.count, 0
+            for length in range(101, 140):
+                step(1, masked[..., :length])
+        assert prompt < 20  # where the rows begin, of each group of heads; not by token, nor by step of the selection
+        assert waits.count == 0

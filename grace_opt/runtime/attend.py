@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 24
 
 
-def attend(query: Tensor, handle: Pruned, mask: Tensor | None, scaling: float, dropout: float = 0.0) -> Tensor:
+def attend(
+    query: Tensor, handle: Pruned, mask: Tensor | None, scaling: float, dropout: float, changed: Tensor | None
+) -> Tensor:
     """Outputs [B, Hq, n, Dv] of the queries [B, Hq, n, D] of the tokens that just came, under a mask [B or 1, 1, n, T].
+
+    ``changed`` [B, Hkv, T, Dv]: whole values that the model has made of the cache's, in place of them.
 
     The query of a token at position t sees the token at s whole if t - s < recent_window, if s is a sink, or if both
     came in the same update (prefill attends in full, as in ThinK).
@@ -25,17 +29,27 @@ def attend(query: Tensor, handle: Pruned, mask: Tensor | None, scaling: float, d
     layer, new = handle.layer, query.shape[2]
     block = max(1, _BLOCK // (query.shape[0] * query.shape[1] * layer.columns))
     if new <= block:
-        return _attend(query, handle, mask, scaling, 0, dropout)
+        return _attend(query, handle, mask, scaling, 0, dropout, changed)
     outs = []
     for low in range(0, new, block):
         part = slice(low, low + block)
         outs.append(
-            _attend(query[:, :, part], handle, None if mask is None else mask[:, :, part], scaling, low, dropout)
+            _attend(
+                query[:, :, part], handle, None if mask is None else mask[:, :, part], scaling, low, dropout, changed
+            )
         )
     return torch.cat(outs, dim=2)
 
 
-def _attend(query: Tensor, handle: Pruned, mask: Tensor | None, scaling: float, low: int, dropout: float) -> Tensor:
+def _attend(
+    query: Tensor,
+    handle: Pruned,
+    mask: Tensor | None,
+    scaling: float,
+    low: int,
+    dropout: float,
+    changed: Tensor | None,
+) -> Tensor:
     """One block of queries, the first of them number ``low`` of the update."""
     layer = handle.layer
     keys, values = layer.held
@@ -58,6 +72,8 @@ def _attend(query: Tensor, handle: Pruned, mask: Tensor | None, scaling: float, 
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if dropout:
         weights = torch.nn.functional.dropout(weights, dropout)
+    if changed is not None:
+        return (weights.flatten(2, 3) @ changed).view(batch, heads, new, -1)
     rows = whole.mixed(weights, handle.spans[1], values) if values.order is not None else None
     return values.read(values.mixed(weights.flatten(2, 3)), rows).view(batch, heads, new, -1)
 

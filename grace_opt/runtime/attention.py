@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from grace_opt.errors import InputError
-from grace_opt.geometry import text_config
+from grace_opt.geometry import stated, text_config
 from grace_opt.runtime.attend import attend
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "grace_opt"
 _ANY = "grace_opt_any"
+_HARMLESS = ("position_ids", "cache_position")  # tensors that only say where the queries are
 # A context variable, not a module global: two threads may run two models at once.
 _function: ContextVar[Callable[..., Any]] = ContextVar("grace_opt_attention_function")
 
@@ -45,6 +46,7 @@ class Pruned:
         rows: Sequence[Tensor] = (),
     ) -> None:
         self.layer, self.new, self.prompt, self.spans, self.rows = layer, new, prompt, spans, rows
+        self.values: Tensor | None = None  #: whole values, as they were given to the model
 
     def __getattr__(self, name: str) -> Any:
         # Reached by a stock attention function, or by model code that looks into the keys itself.
@@ -112,14 +114,17 @@ def attention(
     if attention_mask is not None and attention_mask.shape[1] != 1:
         raise InputError("this model masks each head in its own way, which is not supported yet; use another model")
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    changed = value if isinstance(value, Tensor) and value is not key.values else None
     if key.prompt is not None:
         layer.begin(module, query, scaling, attention_mask)
         # Of a static cache, the mask covers what is yet to come too.
         mask = None if attention_mask is None else attention_mask[..., : key.new]
-        out, _ = sdpa_attention_forward(module, query, *key.prompt, mask, dropout=dropout, scaling=scaling, **kwargs)
+        keys, values = key.prompt
+        values = values if changed is None else changed
+        out, _ = sdpa_attention_forward(module, query, keys, values, mask, dropout=dropout, scaling=scaling, **kwargs)
     else:
         layer.follow(key, attention_mask)
-        out = attend(query, key, attention_mask, scaling, dropout).transpose(1, 2).contiguous()
+        out = attend(query, key, attention_mask, scaling, dropout, changed).transpose(1, 2).contiguous()
     if layer.offloading:
         layer.offload()
     return out, None
@@ -143,10 +148,18 @@ def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
     for name, what in (
         ("softcap", "caps its attention logits (softcap)"),
         ("s_aux", "has learnt attention sinks (s_aux)"),
+        ("block_indices", "lets each query choose blocks of keys (block_indices)"),
+        ("indices", "lets each query choose keys (indices)"),
+        ("sinks", "has learnt attention sinks (sinks)"),
         ("position_bias", "adds a position bias to its attention logits"),
     ):
         if kwargs.get(name) is not None:
             raise InputError(f"this model {what}, which is not supported yet; use another model")
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and name not in _HARMLESS:
+            raise InputError(
+                f"this model gives its attention a tensor {name!r}, which is not supported yet; use another model"
+            )
 
 
 def observing(see: Callable[..., None]) -> Callable[..., Any]:
@@ -193,7 +206,7 @@ def require_attention_interface(model: PreTrainedModel) -> None:
     config = text_config(model.config)
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
-    if getattr(config, "kv_lora_rank", None):
+    if stated(config, "kv_lora_rank"):
         raise InputError(f"{name} uses multi-head latent attention, which caches no key channels to prune")
     if not model._can_set_attn_implementation():
         raise InputError(

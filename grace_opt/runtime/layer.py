@@ -104,10 +104,17 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         before = self.length - new
         if self._is_prompt(before):
             self._prompt = key_states, value_states
-            return (handle := Pruned(self, new, self._prompt)), handle
+            return self._given(Pruned(self, new, self._prompt), value_states)
         rows = [held.append(states, before) for held, states in zip(self.held, (key_states, value_states), strict=True)]
         spans = [self._shift(held, each) for held, each in zip(self.held, rows, strict=True)]
-        return (handle := Pruned(self, new, None, spans, rows)), handle
+        return self._given(Pruned(self, new, None, spans, rows), None)
+
+    def _given(self, handle: Pruned, prompt: Tensor | None) -> tuple[Pruned, Any]:
+        """What the model gets in place of keys and values: whole values as they are, since some models change them."""
+        if self.values_held.order is not None or "value" in self.plan.bits:
+            return handle, handle
+        handle.values = next(self.values_held.store.parts()) if prompt is None else prompt
+        return handle, handle.values
 
     def _check(self, states: Tensor) -> None:
         if states.dtype != self.dtype or states.device != self.device:
