@@ -138,13 +138,13 @@ def test_speculative_decoding_gives_the_same_tokens(how: str) -> None:
         ours.data.copy_(theirs.data + 0.002 * torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0)))
     mask = random_mask(model, 9, values=9, recent_window=24, sinks=2, readout="static")
     ids = torch.randint(3, 99, (1, 40), generator=torch.Generator().manual_seed(2))
-    common = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": 98, "pad_token_id": 0}
+    common = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
     plain = model.generate(ids, past_key_values=grace_opt.runtime.cache(mask, model), **common)
     more = {"assistant_model": assistant} if how == "assistant" else {"prompt_lookup_num_tokens": 5}
     past = grace_opt.runtime.cache(mask, model)
     faster = model.generate(ids, past_key_values=past, **more, **common)
     assert torch.equal(plain, faster)
-    assert past.get_seq_length() >= plain.shape[1] - 1 > 60
+    assert past.get_seq_length() >= plain.shape[1] - 1 > 45
 
 
 @WAYS
