@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from grace_opt.runtime.store import Integers
+
 if TYPE_CHECKING:
     from grace_opt.runtime.attention import Pruned
     from grace_opt.runtime.channels import Channels
+    from grace_opt.runtime.layer import PrunedLayer
+
+KERNEL = find_spec("triton") is not None
+INTERPRETED = False  # tests run the kernel on CPUs, in Triton's interpreter
 
 # Scores of one block of queries, in elements: bounds the memory of chunked prefill over a long cache.
 _BLOCK = 1 << 24
@@ -27,6 +34,8 @@ def attend(
     came in the same update (prefill attends in full, as in ThinK).
     """
     layer, new = handle.layer, query.shape[2]
+    if new == 1 and not dropout and changed is None and _is_fused(query, layer):
+        return _fused(query, handle, mask, scaling)
     block = max(1, _BLOCK // (query.shape[0] * query.shape[1] * layer.columns))
     if new <= block:
         return _attend(query, handle, mask, scaling, 0, dropout, changed)
@@ -76,6 +85,42 @@ def _attend(
         return (weights.flatten(2, 3) @ changed).view(batch, heads, new, -1)
     rows = whole.mixed(weights, handle.spans[1], values) if values.order is not None else None
     return values.read(values.mixed(weights.flatten(2, 3)), rows).view(batch, heads, new, -1)
+
+
+def _is_fused(query: Tensor, layer: PrunedLayer) -> bool:
+    """Whether the Triton kernel runs: on a card, where Triton is, and without autograd."""
+    if not KERNEL or not (query.is_cuda or INTERPRETED) or (torch.is_grad_enabled() and query.requires_grad):
+        return False
+    bits = layer.plan.bits
+    if len(bits) == 1 or 3 in bits.values():  # it reads integers of both kinds or none, and codes within bytes
+        return False
+    from grace_opt.runtime.kernel import available
+
+    return available(query)
+
+
+def _fused(query: Tensor, handle: Pruned, mask: Tensor | None, scaling: float) -> Tensor:
+    """One decoded token by the Triton kernel; the same numbers as `_attend` but for rounding."""
+    from grace_opt.runtime.kernel import Tokens, decode
+
+    layer = handle.layer
+    keys, values = layer.held
+    batch, heads = query.shape[:2]
+    kept, dropped = keys.asked(query.reshape(batch, handle.spans[0].shape[1], -1, query.shape[-1]) * scaling)
+    tokens, first, packed = [], layer.first, None
+    for held, window in zip(layer.held, handle.spans, strict=True):
+        rows = torch.cat([held.sinks, window], dim=2)
+        packed = held.store if isinstance(held.store, Integers) else None
+        tokens.append(Tokens(held.store.tokens, rows, None if packed is None else packed.packed))
+    mask = None if mask is None else mask[:, 0, 0]
+    if packed is not None and packed.packed_tokens:
+        # The kernel takes the integers first, then what came before them, then what came after.
+        head, count = packed.head.shape[2], packed.packed_tokens
+        first = first + count
+        if mask is not None:
+            mask = torch.cat([mask[:, head : head + count], mask[:, :head], mask[:, head + count :]], dim=1)
+    out, rows = decode(kept, dropped, tokens[0], tokens[1], layer.length, layer.sink_count, first, mask)
+    return values.read(out, rows).view(batch, heads, 1, -1)
 
 
 @dataclass(frozen=True)

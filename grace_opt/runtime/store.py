@@ -18,6 +18,10 @@ class Store(Protocol):
     """The kept channels of tokens, [B, H, T, d]."""
 
     @property
+    def tokens(self) -> Tensor:
+        """[B, H, _, d]: those that are held as they came, in order."""
+
+    @property
     def fixed(self) -> int:
         """How many of the first tokens cannot be forgotten, short of all."""
 
