@@ -124,7 +124,7 @@ def counted_bytes(past: Any, tokens: int, element: int) -> int | None:
                     total += element * rows * (room * held.width + whole * dropped)
                     total += element * rows * dropped * (held.width + 1) * (held.matrix is not None)
                     total += 8 * rows * (held.width + dropped) * held.per_prompt
-            elif type(part).__name__ in ("DynamicLayer", "StaticLayer"):
+            elif type(part).__name__.startswith(("Dynamic", "Static")):  # transformers' own, sliding windows too
                 batch, heads, room, width = part.keys.shape
                 total += element * batch * heads * room * (width + part.values.shape[3])
             else:

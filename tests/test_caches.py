@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -405,6 +406,8 @@ def test_what_does_not_fit_the_cache_is_a_sentence(static: bool) -> None:
     with torch.no_grad():
         with pytest.raises(InputError, match="padded on the right; pad prompts on the left"):
             model(input_ids=ids, attention_mask=right, past_key_values=past)
+        with pytest.raises(InputError, match="tokens whose attention was never computed .* start a new cache"):
+            model(input_ids=ids, attention_mask=attended, past_key_values=past)
         past.reset()
         model(input_ids=ids, past_key_values=past)
         with pytest.raises(InputError, match="holds 3 rows and was given 2"):
@@ -510,3 +513,20 @@ def test_a_decoded_token_waits_for_nothing() -> None:
                 step(1, masked[..., :length])
         assert prompt < 20  # where the rows begin, of each group of heads; not by token, nor by step of the selection
         assert waits.count == 0
+
+
+@STATIC
+def test_a_copy_goes_its_own_way(static: bool) -> None:
+    """A prompt that is prefilled once and continued twice, as transformers advises for shared prefixes."""
+    model = tiny_model("Llama")
+    mask = random_mask(model, 7, values=8, recent_window=4, sinks=2, readout="prefill")
+    ids, attended = prompts()
+    ids, attended = torch.cat([ids] * 2, 1), torch.cat([attended, torch.ones(3, 21, dtype=torch.long)], 1)
+    past = grace_opt.runtime.cache(mask, model, max_length=42 if static else None)
+    logits_of(model, past, [20], ids, attended)
+    copied = copy.deepcopy(past)
+    logits_of(model, copied, [7, 1], ids.flip(1), attended)
+    fresh = grace_opt.runtime.cache(mask, model, max_length=42 if static else None)
+    expected = logits_of(model, fresh, [20, 7, 1], ids, attended)[1:]
+    for mine, theirs in zip(logits_of(model, past, [7, 1], ids, attended), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)

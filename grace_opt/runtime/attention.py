@@ -125,8 +125,7 @@ def attention(
     else:
         layer.follow(key, attention_mask)
         out = attend(query, key, attention_mask, scaling, dropout, changed).transpose(1, 2).contiguous()
-    if layer.offloading:
-        layer.offload()
+    layer.done()
     return out, None
 
 

@@ -56,6 +56,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.sinks_start: int | None = None  #: position of the first sink, if it is the same in all rows
         self.sinks_end = 0  #: one past the last sink of any row
         self._prompt: tuple[Tensor, Tensor] | None = None  # of the first update, until `begin`
+        self._unattended = False  # whether tokens came that `attention` has not seen
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and shapes from the first states. Raises InputError if the mask does not fit them."""
@@ -101,6 +102,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.prefetch()
         new = key_states.shape[2]
         self._grow(new)
+        self._unattended = True
         before = self.length - new
         if self._is_prompt(before):
             self._prompt = key_states, value_states
@@ -125,6 +127,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if states.shape[0] != self.batch:
             raise InputError(
                 f"layer {self.index}'s cache holds {self.batch} rows and was given {states.shape[0]}; start a new cache"
+            )
+        if self._unattended:
+            raise InputError(
+                f"layer {self.index}'s cache was given tokens whose attention was never computed (there was an error, "
+                "or this model handles its cache itself); start a new cache"
             )
 
     def _grow(self, new: int) -> None:
@@ -176,6 +183,12 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for held, rows in zip(self.held, handle.rows, strict=True):
             self._put_sinks(held, self._at_sinks(rows, before), before, handle.new)
         self._start_integers()
+
+    def done(self) -> None:
+        """The attention of the tokens that came last was computed."""
+        self._unattended = False
+        if self.offloading:
+            self.offload()
 
     def _find_first(self, mask: Tensor | None, length: int) -> None:
         """Where each row's real tokens begin."""
