@@ -51,7 +51,8 @@ class Sharing:
     Attributes:
         budget: ``uniform``: every head prunes the same; ``shared``: the heads of all layers share a total.
         rounding: of ratio * n in the uniform budget (GRACE prunes the ceiling, ThinK the floor).
-        floor, align: of the shared budget: each head keeps at least ``floor`` channels and a multiple of ``align``.
+        align: each head keeps a multiple of so many channels.
+        floor: of the shared budget: each head keeps at least so many channels.
         value_weight: where keys and values share bytes, how much an error of the values counts.
     """
 
@@ -89,20 +90,32 @@ def allot(
         if budget.bytes_per_token is None:
             up = sharing.rounding == "ceil"
             # A head with less to prune is refused when its problem is made.
-            return {kind: [prune_count(budget.of(kind), p.n, up=up) for p in heads] for kind, heads in problems.items()}
+            return {
+                kind: [prune_count(budget.of(kind), p.n, up=up, align=sharing.align) for p in heads]
+                for kind, heads in problems.items()
+            }
         ratio = max(
             0.0,
             (whole - budget.bytes_per_token)
             / sum(costs[kind] * sum(p.n for p in heads) for kind, heads in problems.items()),
         )
-        if any(math.ceil(ratio * p.n - 1e-9) > min(p.prunable, p.n - 1) for heads in problems.values() for p in heads):
+        prunes = {
+            kind: [prune_count(ratio, p.n, up=True, align=sharing.align) for p in heads]
+            for kind, heads in problems.items()
+        }
+        too_much = (
+            m > p.prunable or p.n - m > (1 - ratio) * p.n + 1e-9
+            for kind, heads in problems.items()
+            for m, p in zip(prunes[kind], heads, strict=True)
+        )
+        if any(too_much):
             most = min(min(p.prunable, p.n - 1) / p.n for heads in problems.values() for p in heads)
             least = whole - most * (whole - budget.bytes_per_token) / ratio
             raise InputError(
                 f"an old token takes at least {math.ceil(least)} of {whole:g} bytes if every head prunes the same, and "
                 f"{budget.bytes_per_token:g} is asked for; raise the budget, prune values too or protect fewer channels"
             )
-        return {kind: [prune_count(ratio, p.n, up=True) for p in heads] for kind, heads in problems.items()}
+        return prunes
     for heads in problems.values():
         if heads[0].n % sharing.align:
             raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {sharing.align}; change align")
@@ -132,7 +145,7 @@ def problems_of(bundle: GraphBundle, budget: Budget, sharing: Sharing, *, protec
     prunable, and for tied channels in any but a uniform ratio.
     """
     if sharing.budget == "uniform" and budget.bytes_per_token is None:
-        return bundle.problems(budget.ratio, value_ratio=budget.value_ratio, protect=protect)
+        return bundle.problems(budget.ratio, value_ratio=budget.value_ratio, protect=protect, align=sharing.align)
     plain = bundle.problems(0.0, protect=protect)
     if any(problem.groups is not None for problem in plain):
         raise InputError("this bundle ties channels in groups, for which only a uniform ratio is supported yet")

@@ -197,7 +197,9 @@ def solve(
         str, _option("--budget", help="uniform: each head prunes the same; shared: the heads share a total.")
     ] = "uniform",
     floor: Annotated[int, _option("--floor", help="Channels that each head keeps at least, in a shared budget.")] = 4,
-    align: Annotated[int, _option("--align", help="Of which each head keeps a multiple, in a shared budget.")] = 1,
+    align: Annotated[
+        int, _option("--align", help="Each head keeps a multiple of so many channels; 8 or 16 suits GPUs.")
+    ] = 1,
     readout: Annotated[
         str,
         _option("--readout", help="Estimate dropped channels: prefill (fitted to each prompt), static, or none."),

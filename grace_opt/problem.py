@@ -247,7 +247,12 @@ def _checked_groups(groups: ArrayLike, n: int, name: str) -> IntArray:
     return array.astype(np.int64)
 
 
-def prune_count(ratio: float, n: int, *, up: bool = False) -> int:
-    """How many of n channels a ratio in [0, 1) prunes: ratio * n rounded down, or ``up``; one is kept at least."""
-    count = math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9)  # 0.7 * 10 is 6.999999999999999
-    return min(count, n - 1)
+def prune_count(ratio: float, n: int, *, up: bool = False, align: int = 1) -> int:
+    """How many of n channels a ratio in [0, 1) prunes: ratio * n rounded down, or ``up``, so that a multiple of ``align``
+    is kept, and that many at least. Raises InputError if n is not a multiple of ``align``.
+    """
+    if n % align:
+        raise InputError(f"heads of {n} channels cannot keep multiples of {align}; change align")
+    kept = (n - ratio * n) / align
+    units = math.floor(kept + 1e-9) if up else math.ceil(kept - 1e-9)  # 10 - 0.7 * 10 is 3.0000000000000009
+    return n - align * max(1, units)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from strategies import gram_weights, problems
 
 from grace_opt import InputError, SubsetProblem
+from grace_opt.problem import prune_count
 
 
 @given(problems(), st.integers(0, 2**32 - 1))
@@ -110,3 +112,20 @@ def test_rounding_asymmetry_is_mended() -> None:
     bent = weights.copy()
     bent[0, 1] *= 1 + 1e-12
     assert np.array_equal(SubsetProblem(bent, 2).weights, SubsetProblem(bent, 2).weights.T)
+
+
+@given(st.floats(0, 0.999), st.integers(1, 16), st.sampled_from([1, 2, 4, 8]), st.booleans())
+def test_prune_count_keeps_multiples(ratio: float, units: int, align: int, up: bool) -> None:
+    n = units * align
+    pruned = prune_count(ratio, n, up=up, align=align)
+    assert (n - pruned) % align == 0
+    assert 0 <= pruned <= n - align
+    if align == 1:
+        assert pruned == min(n - 1, math.ceil(ratio * n - 1e-9) if up else math.floor(ratio * n + 1e-9))
+    elif not up:
+        assert ratio * n - align < pruned <= ratio * n + 1e-6
+
+
+def test_prune_count_of_an_odd_width() -> None:
+    with pytest.raises(InputError, match="heads of 60 channels cannot keep multiples of 8"):
+        prune_count(0.5, 60, align=8)

@@ -60,9 +60,11 @@ class GraphBundle:
     heads: tuple[HeadGraph, ...]
     metadata: Mapping[str, str]
 
-    def problems(self, ratio: float, *, value_ratio: float | None = None, protect: bool = True) -> list[SubsetProblem]:
+    def problems(
+        self, ratio: float, *, value_ratio: float | None = None, protect: bool = True, align: int = 1
+    ) -> list[SubsetProblem]:
         """One problem a head that prunes floor(ratio * n) of its n channels (the uniform budget), or one less where
-        all channels are tied in pairs.
+        all channels are tied in pairs; fewer, so that a multiple of ``align`` is kept.
 
         ``value_ratio`` is for graphs of values, ``ratio`` if left out. ``protect=False`` ignores the bundle's protected
         channels. Raises InputError if a ratio is outside [0, 1), or leaves a head with more to prune than is prunable.
@@ -74,7 +76,7 @@ class GraphBundle:
         return [
             SubsetProblem(
                 head.weights,
-                prune=_count(ratios[head.kind], head),
+                prune=_count(ratios[head.kind], head, align),
                 protected=head.protected if protect else None,
                 groups=head.groups,
                 name=head.name,
@@ -91,9 +93,9 @@ class GraphBundle:
             raise InputError(f"the bundle's metadata says {key} = {text!r}, which is not a whole number") from None
 
 
-def _count(ratio: float, head: HeadGraph) -> int:
+def _count(ratio: float, head: HeadGraph, align: int) -> int:
     """How many channels a ratio prunes: rounded down, and to whole pairs where all channels are tied in pairs."""
-    count = prune_count(ratio, len(head.weights))
+    count = prune_count(ratio, len(head.weights), align=align)
     paired = head.groups is not None and (np.unique(head.groups, return_counts=True)[1] == 2).all()
     return count - count % 2 if paired else count
 

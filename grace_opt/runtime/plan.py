@@ -78,7 +78,7 @@ class LayerPlan:
             return int(self.keep[kind].shape[1])
         if self.budget is None:
             return n
-        return n - prune_count(self.budget.of(kind), n, up=self.policy.rounding == "ceil")
+        return n - prune_count(self.budget.of(kind), n, up=self.policy.rounding == "ceil", align=self.policy.align)
 
     def channels(self, kind: Kind, states: Tensor) -> Channels:
         """Empty keys or values for states [B, H, _, n], with static read-outs in place."""
