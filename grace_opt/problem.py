@@ -248,8 +248,8 @@ def _checked_groups(groups: ArrayLike, n: int, name: str) -> IntArray:
 
 
 def prune_count(ratio: float, n: int, *, up: bool = False, align: int = 1) -> int:
-    """How many of n channels a ratio in [0, 1) prunes: ratio * n rounded down, or ``up``, so that a multiple of ``align``
-    is kept, and that many at least. Raises InputError if n is not a multiple of ``align``.
+    """How many of n channels a ratio in [0, 1) prunes: ratio * n rounded down, or ``up``, so that a multiple of
+    ``align`` is kept, one at least. Raises InputError if n is not a multiple of ``align``.
     """
     if n % align:
         raise InputError(f"heads of {n} channels cannot keep multiples of {align}; change align")

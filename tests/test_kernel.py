@@ -390,6 +390,23 @@ def test_integers_are_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch, bits: 
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
 
 
+def test_a_compiled_step_by_the_kernel_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama", num_hidden_layers=1)
+    mask = random_mask(model, 7, values=9, recent_window=4, sinks=2, readout="static")
+    ids = torch.randint(3, 99, (2, 20), generator=torch.Generator().manual_seed(0))
+    logits: list[list[Tensor]] = []
+    for fused in (False, True):
+        calls = counted(monkeypatch) if fused else []
+        past = grace_opt.runtime.cache(mask, model, max_length=30)
+        torch._dynamo.reset()
+        step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=past)
+            logits.append([step(input_ids=ids[:, at : at + 1], past_key_values=past).logits for at in range(6)])
+    assert len(calls) == 6
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the runtime use the kernel, and note each call."""
     calls: list[int] = []

@@ -12,9 +12,12 @@ from torch import Tensor
 from grace_opt.runtime.store import Integers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from grace_opt.graphs.bundle import Kind
+    from grace_opt.quantise import Bits
     from grace_opt.runtime.attention import Pruned
     from grace_opt.runtime.channels import Channels
-    from grace_opt.runtime.layer import PrunedLayer
 
 KERNEL = find_spec("triton") is not None
 INTERPRETED = False  # tests run the kernel on CPUs, in Triton's interpreter
@@ -34,7 +37,8 @@ def attend(
     came in the same update (prefill attends in full, as in ThinK).
     """
     layer, new = handle.layer, query.shape[2]
-    if new == 1 and not dropout and changed is None and _is_fused(query, layer):
+    learns = torch.is_grad_enabled() and query.requires_grad
+    if layer.fused and new == 1 and not dropout and changed is None and not learns:
         return _fused(query, handle, mask, scaling)
     block = max(1, _BLOCK // (query.shape[0] * query.shape[1] * layer.columns))
     if new <= block:
@@ -87,21 +91,20 @@ def _attend(
     return values.read(values.mixed(weights.flatten(2, 3)), rows).view(batch, heads, new, -1)
 
 
-def _is_fused(query: Tensor, layer: PrunedLayer) -> bool:
-    """Whether the Triton kernel runs: on a card, where Triton is, and without autograd."""
-    if not KERNEL or not (query.is_cuda or INTERPRETED) or (torch.is_grad_enabled() and query.requires_grad):
+def kernel_reads(states: Tensor, bits: Mapping[Kind, Bits]) -> bool:
+    """Whether the Triton kernel reads a cache of such states, with such integers: on a card, where Triton is."""
+    if not KERNEL or not (states.is_cuda or INTERPRETED):
         return False
-    bits = layer.plan.bits
     if len(bits) == 1 or 3 in bits.values():  # it reads integers of both kinds or none, and codes within bytes
         return False
     from grace_opt.runtime.kernel import available
 
-    return available(query)
+    return available(states)
 
 
 def _fused(query: Tensor, handle: Pruned, mask: Tensor | None, scaling: float) -> Tensor:
     """One decoded token by the Triton kernel; the same numbers as `_attend` but for rounding."""
-    from grace_opt.runtime.kernel import Tokens, decode
+    from grace_opt.runtime.kernel import Tokens, compiled_decode, decode
 
     layer = handle.layer
     keys, values = layer.held
@@ -119,7 +122,12 @@ def _fused(query: Tensor, handle: Pruned, mask: Tensor | None, scaling: float) -
         first = first + count
         if mask is not None:
             mask = torch.cat([mask[:, head : head + count], mask[:, :head], mask[:, head + count :]], dim=1)
-    out, rows = decode(kept, dropped, tokens[0], tokens[1], layer.length, layer.sink_count, first, mask)
+    if layer.is_static:
+        stored = [tensor for each in tokens for tensor in (each.kept, each.rows)]
+        both = compiled_decode(kept, dropped, *stored, layer.length, layer.sink_count, first, mask)
+        out, rows = both[..., : values.width], both[..., values.width :]
+    else:
+        out, rows = decode(kept, dropped, tokens[0], tokens[1], layer.length, layer.sink_count, first, mask)
     return values.read(out, rows).view(batch, heads, 1, -1)
 
 

@@ -167,6 +167,40 @@ def decode(
     return out[..., :dv], out[..., dv:]
 
 
+@torch.library.custom_op("grace_opt::decode", mutates_args=())
+def compiled_decode(
+    query: Tensor,
+    query_rows: Tensor,
+    keys: Tensor,
+    key_rows: Tensor,
+    values: Tensor,
+    value_rows: Tensor,
+    length: Tensor,
+    sinks: int,
+    first: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """`decode` over preallocated tokens, as one operation that torch.compile does not look into: [B, H, G, dv + ev]."""
+    both = decode(query, query_rows, Tokens(keys, key_rows), Tokens(values, value_rows), length, sinks, first, mask)
+    return torch.cat(both, dim=-1)
+
+
+@compiled_decode.register_fake
+def _(
+    query: Tensor,
+    query_rows: Tensor,
+    keys: Tensor,
+    key_rows: Tensor,
+    values: Tensor,
+    value_rows: Tensor,
+    length: Tensor,
+    sinks: int,
+    first: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    return query.new_empty(*query.shape[:3], values.shape[3] + value_rows.shape[3])
+
+
 def _check(
     keys: Tokens,
     values: Tokens,

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from grace_opt.errors import InputError
 from grace_opt.graphs.bundle import Kind
 from grace_opt.headmaps import AXES
+from grace_opt.runtime.attend import kernel_reads
 from grace_opt.runtime.attention import Pruned
 from grace_opt.runtime.channels import Channels
 from grace_opt.runtime.plan import LayerPlan
@@ -67,6 +68,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys_held = self._channels("key", key_states)
         self.values_held = self._channels("value", value_states)
         self.first = torch.zeros(self.batch, dtype=torch.long, device=self.device)
+        self.fused = kernel_reads(key_states, self.plan.bits)
         self.is_initialized = True
 
     def _channels(self, kind: Kind, states: Tensor) -> Channels:
