@@ -45,8 +45,8 @@ def logits_of(
 @WAYS
 @STATIC
 @pytest.mark.parametrize("readout", ["none", "static"])
-@pytest.mark.parametrize(("kept", "values"), [(None, 6), (7, 5), (9, 9)])
-@pytest.mark.parametrize(("recent_window", "sinks"), [(0, 0), (0, 3), (1, 2), (6, 4), (500, 2)])
+@pytest.mark.parametrize(("kept", "values"), [(None, 6), (7, 5)])
+@pytest.mark.parametrize(("recent_window", "sinks"), [(0, 3), (1, 0), (6, 4), (500, 2)])
 def test_values_too(
     recent_window: int, sinks: int, kept: int | None, values: int, readout: str, static: bool, more: dict[str, int]
 ) -> None:
