@@ -334,8 +334,8 @@ def test_a_prompt_too_short_to_prune_still_runs() -> None:
 
 
 @STATIC
-def test_ten_thousand_steps_hold_what_must_be_kept(static: bool) -> None:
-    steps = 10_000
+@pytest.mark.parametrize("steps", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_steps_hold_what_must_be_kept(steps: int, static: bool) -> None:
     model = tiny_model("Llama", max_position_embeddings=12_000, num_hidden_layers=1)
     mask = random_mask(model, 6, values=9, recent_window=32, sinks=4, readout="prefill")
     past = grace_opt.runtime.cache(mask, model, max_length=steps + 64 if static else None)
