@@ -23,10 +23,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 test-all: lint
-	$(BIN)/pytest --hypothesis-profile=explore
+	OMP_NUM_THREADS=1 $(BIN)/pytest --hypothesis-profile=explore -n 2 --dist worksteal
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_path.py
