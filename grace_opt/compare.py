@@ -10,13 +10,14 @@ import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from grace_opt.engine import failed
+from grace_opt.engine import Engine, failed
 from grace_opt.errors import InputError
 from grace_opt.files import check_writable, read_json, write_json
 from grace_opt.graphs import GraphBundle, load_bundle
@@ -62,6 +63,7 @@ def compare(
     limits: Limits | None = None,
     workers: int = 1,
     isolate: bool = False,
+    engine: Engine | None = None,
     protect: bool = True,
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, Record | None], None] | None = None,
@@ -80,6 +82,7 @@ def compare(
         workers: heads solved at the same time; they share the machine, and their times show it.
         isolate: solve in processes of their own, as `grace_opt.solve_many` does: a solver that crashes, or does not
             return at its time limit, costs its head alone.
+        engine: in place of ``workers`` and ``isolate``, as in `grace_opt.solve_many`.
         protect: keep the bundles' protected channels.
         provenance: stands in run.json, e.g. the command line.
         progress: called with (done, total, record) at the start, where the record is None, and after each run.
@@ -97,20 +100,20 @@ def compare(
     for runner in runners:
         solve_many([], runner, limits=limits, workers=workers)  # checks limits and workers
     graphs = {str(path): load_bundle(path) for path in bundles}
-    cases = _cases(graphs, ratios, protect)
+    cases = cases_of(graphs, ratios, protect)
     check_writable(folder / "records.jsonl")
     with RecordsFile(folder / "records.jsonl", remark) as file:
         earlier = _earlier_runs(folder / "run.json")
         run = {
             **(provenance or {}),
-            "started": _now(),
+            "started": now(),
             "ended": None,
             "state": "running",
             "bundles": {name: dict(bundle.metadata) for name, bundle in graphs.items()},
             "ratios": list(ratios),
             "protect": protect,
             "solvers": {runner.name: options_of(runner) for runner in runners},
-            "limits": _limits_of(limits),
+            "limits": limits_of(limits),
             "seed": limits.seed,
             "threads": limits.threads,
             "workers": workers,
@@ -121,14 +124,15 @@ def compare(
         }
         _write_runs(folder / "run.json", [*earlier, run])
         try:
-            _run_pairs(cases, runners, limits, workers, isolate, file, progress)
+            run_solver = partial(solve_many, limits=limits, workers=workers, isolate=isolate, engine=engine)
+            _run_pairs(cases, runners, limits, run_solver, file, progress)
             run["state"] = "complete"
         except KeyboardInterrupt:
             run["state"] = "interrupted"
         records = _own_records(cases, runners, limits, file)
         for record in records:
             run["versions"] |= record["versions"]
-        run["ended"] = _now()
+        run["ended"] = now()
         _write_runs(folder / "run.json", [*earlier, run])
         slack = {case.digest: 1e-12 * float(np.abs(case.problem.weights).sum()) for case in cases}
         records = with_references(records, file.records, slack)
@@ -153,7 +157,7 @@ def stands(record: Record, limits: Limits) -> bool:
     """
     if record["status"] == Status.ERROR or record["limit"] == Limit.INTERRUPTED:
         return False
-    before, now = record["limits"], _limits_of(limits)
+    before, now = record["limits"], limits_of(limits)
     if (before["gap_rel"], before["gap_abs"]) != (now["gap_rel"], now["gap_abs"]):
         return False
     used = {"time": record["timing_ns"]["total"] / 1e9, "node": record["nodes"], "iteration": record["iterations"]}
@@ -361,7 +365,7 @@ class _Line(BaseModel, allow_inf_nan=False):
     limits: _LimitFields
 
 
-def _cases(graphs: Mapping[str, GraphBundle], ratios: Iterable[float], protect: bool) -> list[Case]:
+def cases_of(graphs: Mapping[str, GraphBundle], ratios: Iterable[float], protect: bool) -> list[Case]:
     return [
         Case(name, ratio, problem, problem.digest())
         for name, bundle in graphs.items()
@@ -374,8 +378,7 @@ def _run_pairs(
     cases: Sequence[Case],
     runners: Sequence[Solver],
     limits: Limits,
-    workers: int,
-    isolate: bool,
+    run_solver: Callable[..., Any],
     file: RecordsFile,
     progress: Callable[[int, int, Record | None], None],
 ) -> None:
@@ -383,13 +386,13 @@ def _run_pairs(
     equal = defaultdict(list)  # the same problem may come under several names, or at several ratios
     for case in cases:
         equal[case.digest].append(case)
-    index, planned, batches = _Index(file.records, limits), set(), []
+    index, planned, batches = Index(file.records, limits), set(), []
     for group in _by_set(cases):  # a batched solver gets all heads of a bundle and ratio at once
         for runner in runners:
             unsolved = []
             for case in group:
                 found = index.find(case, runner)
-                if found is not None and not _is_of(found, case):
+                if found is not None and not is_of(found, case):
                     index.add(_store(file, found, case, limits))
                 elif found is None and (case.digest, runner.name) not in planned:
                     planned.add((case.digest, runner.name))
@@ -409,15 +412,15 @@ def _run_pairs(
     for runner, unsolved in batches:
         supported = []
         for problem in unsolved:
-            refusal = _refusal(runner, problem)
-            if refusal is None:
+            refused = refusal(runner, problem)
+            if refused is None:
                 supported.append(problem)
             else:
-                finished(checked(problem, runner, limits, refusal, 0))
-        solve_many(supported, runner, limits=limits, workers=workers, isolate=isolate, progress=finished)
+                finished(checked(problem, runner, limits, refused, 0))
+        run_solver(supported, runner, progress=finished)
 
 
-def _refusal(runner: Solver, problem: SubsetProblem) -> RawResult | None:
+def refusal(runner: Solver, problem: SubsetProblem) -> RawResult | None:
     """What is recorded of a head that the solver does not take."""
     try:
         answer = runner.supports(problem)
@@ -429,7 +432,7 @@ def _refusal(runner: Solver, problem: SubsetProblem) -> RawResult | None:
     return RawResult(None, status=Status.NO_SOLUTION, raw_status=NOT_SUPPORTED, warnings=(why,))
 
 
-class _Index:
+class Index:
     """The newest record of each problem and solver that stands under the limits of this run."""
 
     def __init__(self, records: Iterable[Record], limits: Limits) -> None:
@@ -450,25 +453,25 @@ class _Index:
         key = (case.digest, runner.name, options, self._limits.seed, self._limits.threads)
         found = self._found.get(key, {})
         record = found.get((case.bundle, case.ratio, case.problem.name)) or next(iter(reversed(found.values())), None)
-        if record is not None and record["raw_status"] == NOT_SUPPORTED and not _refusal(runner, case.problem):
+        if record is not None and record["raw_status"] == NOT_SUPPORTED and not refusal(runner, case.problem):
             return None  # the solver has learnt it since
         return record
 
 
 def _store(file: RecordsFile, record: Record, case: Case, limits: Limits) -> Record:
     labels = {"bundle": case.bundle, "ratio": case.ratio, "problem": case.problem.name}
-    labelled = {**record, **labels, "limits": record.get("limits", _limits_of(limits))}
+    labelled = {**record, **labels, "limits": record.get("limits", limits_of(limits))}
     file.append(labelled)
     return labelled
 
 
-def _is_of(record: Record, case: Case) -> bool:
+def is_of(record: Record, case: Case) -> bool:
     return (record["bundle"], record["ratio"], record["problem"]) == (case.bundle, case.ratio, case.problem.name)
 
 
 def _own_records(cases: Sequence[Case], runners: Sequence[Solver], limits: Limits, file: RecordsFile) -> list[Record]:
     """The records of this invocation: those that stand, and the failures among the new ones."""
-    index = _Index(file.records, limits)
+    index = Index(file.records, limits)
     new = {(r["bundle"], r["ratio"], r["problem"], r["solver"]): r for r in file.records[file.loaded :]}
     found = []
     for case in cases:
@@ -511,7 +514,7 @@ def _by_set(cases: Iterable[Case]) -> list[list[Case]]:
     return list(sets.values())
 
 
-def _limits_of(limits: Limits) -> dict[str, Any]:
+def limits_of(limits: Limits) -> dict[str, Any]:
     """The limits of a record; seed and threads are fields of their own."""
     return {name: value for name, value in asdict(limits).items() if name not in ("seed", "threads")}
 
@@ -524,5 +527,5 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

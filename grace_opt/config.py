@@ -53,7 +53,11 @@ TABLES: dict[str, tuple[str, ...]] = {
         "seed",
         "threads",
     ),
-    "engine": ("engine", "workers", "isolate"),
+    "engine": ("engine", "scheduler", "workers", "isolate"),
+    "service": (
+        *("data", "storage", "host", "port", "require_keys", "upload_limit", "queue_limit", "requests_per_second"),
+        *("url", "key"),
+    ),
     "generation": ("prompt", "max_new_tokens", "num_beams"),
 }
 

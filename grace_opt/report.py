@@ -61,9 +61,23 @@ def write_report(
         # "</script>" inside a string would end the script that holds the data.
         "DATA": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         "PLOTLY": get_plotlyjs(),
+        "CSS": page_part("report.css"),
+        "SECTIONS": page_part("sections.html"),
+        "JS": page_part("report.js"),
     }
-    template = importlib.resources.files("grace_opt").joinpath("report_template.html").read_text(encoding="utf-8")
-    write_text(path, re.sub(r"@@([A-Z]+)@@", lambda match: parts[match[1]], template))
+    write_text(path, re.sub(r"@@([A-Z]+)@@", lambda match: parts[match[1]], page_part("report.html")))
+
+
+def page_part(name: str) -> str:
+    """A file of the package's ``pages``, which this report and the service's pages are made of."""
+    return (importlib.resources.files("grace_opt") / "pages" / name).read_text(encoding="utf-8")
+
+
+def page_sections(*names: str) -> str:
+    """The sections of these names, in the page's own order, as HTML."""
+    found = re.findall(r'<section [^>]*id="(\w+)-section">.*?</section>', page_part("sections.html"), re.S)
+    whole = re.findall(r"<section .*?</section>", page_part("sections.html"), re.S)
+    return "\n\n".join(html for name, html in zip(found, whole, strict=True) if name in names)
 
 
 def report_data(
@@ -71,15 +85,16 @@ def report_data(
     summary: Sequence[Record],
     problems: Mapping[tuple[str, str], SubsetProblem],
     run: Mapping[str, Any],
+    shown_heads: int = SHOWN_HEADS,
 ) -> dict[str, Any]:
     """What the page's script draws: JSON-like, numbers rounded to six digits.
 
-    A set is a bundle at a ratio. Layouts of channel graphs are O(n^2) an iteration, which is why only `SHOWN_HEADS`
+    A set is a bundle at a ratio. Layouts of channel graphs are O(n^2) an iteration, which is why only ``shown_heads``
     heads have one: all if there are no more; else the first, the hardest and the worst of each layer.
     """
     solvers = list(dict.fromkeys(record["solver"] for record in records))
     by_bundle = grouped(records, "bundle")
-    share = max(2, SHOWN_HEADS // len(by_bundle))
+    share = max(2, shown_heads // len(by_bundle)) if shown_heads else 0
     shown = {bundle: _shown_heads(group, share) for (bundle,), group in by_bundle.items()}
     sets = []
     for (bundle, ratio), group in grouped(records, "bundle", "ratio").items():
@@ -227,7 +242,12 @@ def _set(
             details[record["problem"]][record["solver"]] = {
                 "pruned": record["pruned"],
                 "trace": [
-                    [_short(time), _short(own_gap(record, *point)), _short(over_best(record, *point))]
+                    [
+                        _short(time),
+                        _short(own_gap(record, *point)),
+                        _short(over_best(record, *point)),
+                        *map(_short, point),
+                    ]
                     for time, *point in _thinned(steps(record))
                 ],
             }
@@ -252,7 +272,22 @@ def _row(record: Record, head: int, solver: int) -> list[Any]:
     values = [record[name] for name in names]
     milliseconds = record["timing_ns"]["total"] / 1e6
     more = [record["best_bound_solver"], milliseconds, record["nodes"], record["iterations"]]
-    return [head, solver, *(_short(value) for value in [*values, *more]), "; ".join(record["warnings"])[:200]]
+    return [
+        head,
+        solver,
+        *(_short(value) for value in [*values, *more]),
+        "; ".join(record["warnings"])[:200],
+        _bits(record),
+    ]
+
+
+def _bits(record: Record) -> str | None:
+    """The selection as ``n:digits``: a hexadecimal digit for four channels, 1 where pruned."""
+    if record["pruned"] is None:
+        return None
+    channels = np.zeros(record["n"], np.uint8)
+    channels[record["pruned"]] = 1
+    return f"{record['n']}:{np.packbits(channels).tobytes().hex()}"
 
 
 def _finished(above: float | None) -> Callable[[Record], bool]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -187,6 +187,25 @@ class Solution:
     def gap(self) -> float:
         """See `relative_gap`."""
         return relative_gap(self.objective, self.lower_bound)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """The solution that a record tells of, the inverse of `record`."""
+        fields = {name: record[name] for name in cls.__dataclass_fields__ if name != "timing"}
+        fields |= {
+            "pruned": None if record["pruned"] is None else tuple(record["pruned"]),
+            "objective": math.nan if record["objective"] is None else record["objective"],
+            "lower_bound": -math.inf if record["lower_bound"] is None else record["lower_bound"],
+            "bound_kind": BoundKind(record["bound_kind"]),
+            "status": Status(record["status"]),
+            "limit": Limit(record["limit"]),
+            "warnings": tuple(record["warnings"]),
+            "trace": tuple(
+                (seconds, math.inf if objective is None else objective, -math.inf if bound is None else bound)
+                for seconds, objective, bound in record["trace"]
+            ),
+        }
+        return cls(**fields, timing=Timing(**record["timing_ns"]))
 
     def record(self) -> dict[str, Any]:
         """A JSON object with the field names of the records everywhere; a number that is not finite is null."""

@@ -8,13 +8,13 @@ import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from grace_opt.engine import failed, run_one, runs
+from grace_opt.engine import Engine, failed, run_one, runs
 from grace_opt.errors import InputError
 from grace_opt.problem import SubsetProblem
 from grace_opt.registry import create
@@ -77,6 +77,7 @@ def solve_many(
     limits: Limits | None = None,
     workers: int = 1,
     isolate: bool = False,
+    engine: Engine | None = None,
     progress: Callable[[Solution], None] | None = None,
 ) -> list[Solution]:
     """Solve many problems with one solver, in their order; a batched solver gets them all at once.
@@ -90,6 +91,7 @@ def solve_many(
         isolate: run the solver in processes of its own. One that crashes makes a solution of status ``error``; one that
             does not return is killed when it is past its time limit by a fifth and two seconds, and makes one of
             status ``no_solution`` and limit ``time``. The other problems go on. Starting a process takes seconds.
+        engine: in place of ``workers`` and ``isolate``: where to solve, e.g. `grace_opt.cluster.Cluster.runs`.
         progress: called with each solution as it is finished, in this thread; their order is not that of the problems
             when there are several workers.
 
@@ -109,7 +111,8 @@ def solve_many(
     if not problems:
         return []
     solutions: dict[int, Solution] = {}
-    with closing(runs(runner, problems, limits, workers=workers, isolate=isolate)) as finished:
+    engine = engine or partial(runs, workers=workers, isolate=isolate)
+    with closing(engine(runner, problems, limits)) as finished:
         for index, raw, elapsed in finished:
             solutions[index] = checked(problems[index], runner, limits, raw, elapsed)
             if progress is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,30 @@ def smollm2() -> tuple[Any, Any]:
 def real_heads(request: pytest.FixtureRequest) -> Path:
     """A bundle with real heads of n = 64 and of n = 128."""
     return DATA / f"heads-{request.param}.safetensors"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a PostgreSQL server."""
+    from serving import Postgres, pg_ctl, skip_without_postgres
+
+    given = os.environ.get("GRACE_OPT_TEST_POSTGRES")
+    if given:
+        yield given
+        return
+    program = pg_ctl()
+    if program is None:
+        skip_without_postgres()
+    server = Postgres(program)
+    yield server.url
+    server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest) -> str | None:
+    """A database of its own for a test: SQLite in the data folder (None), and PostgreSQL."""
+    if request.param == "sqlite":
+        return None
+    from serving import new_database
+
+    return new_database(request.getfixturevalue("postgres_server"))

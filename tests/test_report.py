@@ -22,7 +22,7 @@ from grace_opt.report import SHOWN_HEADS, channel_graph, report_data
 DATA = Path(__file__).parent / "data"
 SOLVERS = ("independent", "greedy", "branch-and-bound")
 MODEL = "</script><b>a model</b> & more"
-PICTURES = ("distance", "profile", "map", "time", "graph")
+PICTURES = ("distance", "profile", "map", "kept", "time", "incumbent", "graph")
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,18 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path
     return done, folder / "r" / "report.html"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def chromium_path() -> str:
+    """Where Chromium is."""
     path = os.environ.get("GRACE_OPT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
         pytest.fail("there is no Chromium; install it (apt-get install chromium) or name it in GRACE_OPT_CHROMIUM")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
@@ -98,6 +103,8 @@ def test_every_picture_is_drawn(page: Page, tmp_path: Path, request: pytest.Fixt
         assert box["width"] > 600
         assert box["height"] > 200
         assert page.locator(f"#{picture} .annotation").count() == 0  # nothing says that there is nothing to see
+    kept = page.evaluate("() => document.getElementById('kept').data[0].z")
+    assert (len(kept), {sum(row) for row in kept}) == (12, {26})
     for picture in ("distance", "profile", "time"):
         paths = page.locator(f"#{picture} .scatterlayer .trace path.js-line")
         assert paths.count() >= (1 if picture == "time" else len(SOLVERS))
@@ -182,6 +189,8 @@ def test_menus_change_the_picture(page: Page) -> None:
         "criterion": "profile",
         "map-solver": "map",
         "map-value": "map",
+        "kept-solver": "kept",
+        "incumbent-head": "incumbent",
         "time-head": "time",
         "time-value": "time",
         "graph-head": "graph",

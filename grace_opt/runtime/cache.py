@@ -67,7 +67,8 @@ def cache(
     Args:
         mask: a folder or a `KVMask`.
         max_length: preallocate for so many tokens, for torch.compile and CUDA graphs; None: grow as tokens come.
-        key_bits, value_bits: hold the kept channels of old tokens as integers of 2, 3, 4 or 8 bits.
+        key_bits: hold the kept channels of old keys as integers of 2, 3, 4 or 8 bits.
+        value_bits: the same of values.
         offload: keep each layer's tensors on the CPU but while it attends.
 
     Raises:

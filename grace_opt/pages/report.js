@@ -1,151 +1,7 @@
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<link rel="icon" href="data:,">
-<title>@@TITLE@@</title>
-<style>
-:root { --page: #ffffff; --panel: #f6f7f9; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --focus: #0b62c4; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171b; --panel: #1d2127; --text: #e4e7eb; --soft: #a3acb8; --line: #3a414b; --focus: #7cb7ff; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1320px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 1rem; line-height: 1.25; }
-h2 { font-size: 1.15rem; margin: 0 0 .5rem; }
-section { margin-top: 2.25rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; padding: 1rem; background: var(--panel); border-radius: 6px; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
-code { font: .9em/1.4 ui-monospace, monospace; }
-figure { margin: 0; }
-figcaption, caption, .note { color: var(--soft); font-size: .9rem; text-align: left; max-width: 75em; }
-figcaption { margin-top: .5rem; }
-caption { padding-bottom: .5rem; caption-side: top; }
-p.note { margin: 0 0 .5rem; }
-.controls { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; margin-bottom: .5rem; }
-label { color: var(--soft); font-size: .9rem; }
-select, .pager button { font: inherit; color: var(--text); background: var(--panel); border: 1px solid var(--line); border-radius: 4px; padding: .15rem .4rem; max-width: 100%; }
-.plot { width: 100%; height: 420px; }
-#graph { height: 620px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-th { padding: 0; vertical-align: bottom; background: var(--panel); }
-th button { all: unset; box-sizing: border-box; cursor: pointer; display: block; width: 100%; padding: .35rem .5rem; font-weight: 600; white-space: normal; }
-.number, th.number button { text-align: right; }
-:focus-visible, th button:focus-visible { outline: 2px solid var(--focus); outline-offset: -2px; }
-th[aria-sort="ascending"] button::after { content: " \25B2"; }
-th[aria-sort="descending"] button::after { content: " \25BC"; }
-.pager { display: flex; gap: .75rem; align-items: center; margin-top: .5rem; color: var(--soft); }
-[hidden] { display: none !important; }
-</style>
-</head>
-<body>
-<main>
-<h1>@@TITLE@@</h1>
-<dl id="facts"></dl>
-<p class="note" id="state" hidden></p>
-<noscript>The tables and pictures of this page are drawn by a script in it; please allow scripts.</noscript>
-
-<section aria-labelledby="h-summary">
-<h2 id="h-summary">Summary</h2>
-<div class="controls" id="set-controls"><label>Bundle and ratio <select id="set"></select></label></div>
-<div id="summary"></div>
-</section>
-
-<section aria-labelledby="h-distance">
-<h2 id="h-distance">Distance to the optimum</h2>
-<div class="controls"><label>Measured from <select id="distance-from">
-<option value="over_best">the best known objective</option>
-<option value="reference_gap">the best proven lower bound</option>
-</select></label></div>
-<figure>
-<div class="plot" id="distance" role="img" aria-label="Share of heads, for each solver, within a given distance of the optimum; the summary and the records table hold the figures."></div>
-<figcaption>For each solver the share of all heads whose selection lies within the distance on the horizontal axis: higher and
-further left is better. <em>Best known</em> is the smallest objective that any solver found for the head; the <em>best proven
-bound</em> is the largest lower bound that any solver proved, so the true distance to the optimum is at most the one shown. A
-curve that does not reach 100&nbsp;% has heads without a selection, or without a bound.</figcaption>
-</figure>
-</section>
-
-<section aria-labelledby="h-profile">
-<h2 id="h-profile">Performance profile</h2>
-<div class="controls"><label>A head is finished with <select id="criterion"></select></label></div>
-<figure>
-<div class="plot" id="profile" role="img" aria-label="Performance profile: for each solver the share of heads finished within a factor of the fastest solver's time; the records table holds the times."></div>
-<figcaption>Performance profile of Dolan and Mor&eacute; (Mathematical Programming 91, 2002). For a head let <em>r</em> be a solver's
-time divided by the least time of any solver that finished the head. The curve is the share of heads with <em>r</em> at most the
-value on the horizontal axis. A head that a solver did not finish, by the criterion chosen above or by a proof of optimality, has
-<em>r</em> = infinity. At 1 one reads how often a solver is the fastest, at the right edge how many heads it finishes. Times are
-wall-clock times of whole runs, with any proof; a batched solver's time is its batch's divided by the number of heads.</figcaption>
-</figure>
-</section>
-
-<section aria-labelledby="h-map">
-<h2 id="h-map">Gap by layer and head</h2>
-<div class="controls">
-<label>Solver <select id="map-solver"></select></label>
-<label>Value <select id="map-value">
-<option value="gap">gap to the solver's own proven bound</option>
-<option value="reference_gap">gap to the best proven bound</option>
-<option value="over_best">distance to the best known objective</option>
-</select></label></div>
-<p class="note" id="map-note" aria-live="polite"></p>
-<figure>
-<div class="plot" id="map" role="img" aria-label="Heat map of the chosen value over layers and KV heads; the records table holds the figures."></div>
-<figcaption>gap = (objective &minus; lower bound) / |objective|. A cell without colour has no value: no such head in the bundle, no
-selection, or no proven bound.</figcaption>
-</figure>
-</section>
-
-<section aria-labelledby="h-time">
-<h2 id="h-time">Gap over time</h2>
-<div class="controls">
-<label>Heads <select id="time-head"></select></label>
-<label>Value <select id="time-value">
-<option value="own">gap to the solver's own proven bound</option>
-<option value="best">distance to the best known objective</option>
-</select></label></div>
-<figure>
-<div class="plot" id="time" role="img" aria-label="Gap of each solver over the time of its run, as step lines."></div>
-<figcaption>From the trace of each run, which has an entry whenever incumbent or bound improved, and from its end; a solver without a
-trace has one step. Over all heads: the median at each moment (of an even number the upper of the two middle ones), drawn from
-where it is finite. Values of 0.0001&nbsp;% or less lie on the lower edge.</figcaption>
-</figure>
-</section>
-
-<section aria-labelledby="h-graph">
-<h2 id="h-graph">Channel graph</h2>
-<div class="controls">
-<label>Head <select id="graph-head"></select></label>
-<label>Solver <select id="graph-solver"></select></label></div>
-<figure>
-<div class="plot" id="graph" role="img" aria-label="Channel graph of the chosen head with kept, pruned and protected channels."></div>
-<figcaption>Each dot is a channel, larger with W<sub>ii</sub> (the error of pruning it alone, on a logarithmic scale). A channel is drawn with
-its three strongest edges by |W<sub>ij</sub>|&nbsp;/&nbsp;&radic;(W<sub>ii</sub>&nbsp;W<sub>jj</sub>); they pull it towards its neighbours (networkx spring layout,
-fixed seed). Edges between two pruned channels are coloured: they add 2&nbsp;W<sub>ij</sub> to the objective, which may be negative.
-<span id="graph-which"></span></figcaption>
-</figure>
-</section>
-
-<section aria-labelledby="h-records">
-<h2 id="h-records">Records</h2>
-<div id="records"></div>
-</section>
-</main>
-
-<script>@@PLOTLY@@</script>
-<script type="application/json" id="data">@@DATA@@</script>
-<script>
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
+let data; // what grace_opt.report.report_data makes; see startReport
 const FIELDS = ["head", "solver", "status", "limit", "objective", "lower_bound", "bound_kind", "gap", "over_best",
-  "reference_gap", "best_bound_solver", "milliseconds", "nodes", "iterations", "warnings"];
+  "reference_gap", "best_bound_solver", "milliseconds", "nodes", "iterations", "warnings", "pruned"];
 const FLOOR = 1e-4; // per cent; closer than this counts as equal
 // Okabe and Ito's palette, told apart in the usual forms of colour blindness, shifted for each background.
 const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#b5548f", "#b07d00", "#2f9bd8", "#1b1f24", "#7a7f87"];
@@ -155,7 +11,7 @@ const SYMBOLS = ["circle", "square", "diamond", "cross", "triangle-up", "x", "st
 const darkScheme = matchMedia("(prefers-color-scheme: dark)");
 
 const byId = (id) => document.getElementById(id);
-const choice = (id) => byId(id).value;
+const choice = (id) => byId(id) ? byId(id).value : "";
 const currentSet = () => data.sets[Number(choice("set") || 0)];
 const field = (row, name) => row[FIELDS.indexOf(name)];
 const isMissing = (value) => value === null || value === undefined;
@@ -170,14 +26,16 @@ function element(name, attributes = {}, text = "") {
 }
 
 function fill(id, options) { // keeps the choice where it still exists
-  const select = byId(id), before = select.value;
+  const select = byId(id);
+  if (!select) return;
+  const before = select.value;
   select.replaceChildren(...options.map(([value, text]) => element("option", {value}, text)));
   if (options.some(([value]) => String(value) === before)) select.value = before;
 }
 
 // ---------------------------------------------------------------- tables
 
-// columns: [title, value(row), text(value), isNumber]. A click or Enter on a header sorts; missing values stay last.
+// columns: [title, value(row), text(value), isNumber, address(row) to link to if any]. A click or Enter on a header sorts; missing values stay last.
 function table(host, caption, columns, rows, pageSize) {
   let sorted = rows.slice(), page = 0;
   const made = element("table"), head = element("tr"), body = element("tbody");
@@ -206,8 +64,11 @@ function table(host, caption, columns, rows, pageSize) {
     const first = page * pageSize, visible = sorted.slice(first, first + pageSize);
     body.replaceChildren(...visible.map((row) => {
       const line = element("tr");
-      for (const [, value, text, isNumber] of columns) {
-        line.append(element("td", {class: isNumber ? "number" : "text"}, text(value(row))));
+      for (const [, value, text, isNumber, link] of columns) {
+        const cell = element("td", {class: isNumber ? "number" : "text"}), target = link && link(row);
+        if (target) cell.append(element("a", {href: target}, text(value(row))));
+        else cell.textContent = text(value(row));
+        line.append(cell);
       }
       return line;
     }));
@@ -252,11 +113,14 @@ function drawSummary() {
     "wall-clock time; a run that came to its limit counts as long as it took. Click a header to sort.", columns, rows, 100);
 }
 
+// The service has a page for each head; an offline report has not.
+const headAddress = (set, head) => data.head_pages && `${data.head_pages}${encodeURIComponent(head)}?ratio=${set.ratio}`;
+
 function drawRecords() {
   const set = currentSet();
   const of = (name) => (row) => field(row, name);
   table(byId("records"), "One row for each head and solver. Click a header to sort.", [
-    ["Head", (row) => set.heads[field(row, "head")], asText, false],
+    ["Head", (row) => set.heads[field(row, "head")], asText, false, (row) => headAddress(set, set.heads[field(row, "head")])],
     ["Solver", (row) => data.solvers[field(row, "solver")], asText, false],
     ["Status", of("status"), asText, false],
     ["Limit", of("limit"), asText, false],
@@ -448,10 +312,55 @@ function drawGraph() {
     detail && detail.pruned ? "" : `${solver} has no selection for this head.`);
 }
 
+// Which channels of every head a solver keeps: a row a head, a column a channel.
+function drawKept() {
+  const set = currentSet(), solver = Number(choice("kept-solver"));
+  const width = Math.max(...set.sizes.map(([n]) => n)), z = set.heads.map(() => Array(width).fill(null));
+  let counted = 0;
+  for (const row of set.rows) {
+    const bits = field(row, "pruned");
+    if (field(row, "solver") !== solver || isMissing(bits)) continue;
+    const [n, digits] = bits.split(":"), line = z[field(row, "head")];
+    for (let i = 0; i < Number(n); i += 1) line[i] = (parseInt(digits[i >> 2], 16) >> (3 - (i & 3))) & 1 ? 0 : 1;
+    counted += 1;
+  }
+  byId("kept").style.height = `${Math.min(1400, 140 + Math.max(4, Math.min(14, 700 / set.heads.length)) * set.heads.length)}px`;
+  plot("kept", [{
+    type: "heatmap", z, y: set.heads, colorscale: [[0, css("--panel")], [1, colour(0)]], zmin: 0, zmax: 1, showscale: false,
+    hovertemplate: "%{y}, channel %{x}: %{z}<extra>1 kept, 0 pruned</extra>",
+  }], {
+    xaxis: {title: {text: "Channel"}, showgrid: false, zeroline: false},
+    yaxis: {type: "category", autorange: "reversed", showgrid: false, tickfont: {size: 10}},
+  }, counted ? "" : `${data.solvers[solver]} has no selection.`);
+}
+
+// The incumbent's objective and the lower bound of one run over its time.
+function drawIncumbent() {
+  const set = currentSet(), head = choice("incumbent-head"), traces = [], end = set.time.times.at(-1) * 1.1;
+  data.solvers.forEach((solver, i) => {
+    const detail = set.details[head] && set.details[head][solver];
+    if (!detail) return;
+    for (const [column, name, dash] of [[3, "incumbent", "solid"], [4, "lower bound", "dot"]]) {
+      const points = detail.trace.filter((step) => !isMissing(step[column])).map((step) => [Math.max(step[0], 1e-6), step[column]]);
+      if (!points.length) continue;
+      points.push([end, points.at(-1)[1]]);
+      traces.push({
+        x: points.map(([time]) => 1000 * time), y: points.map(([, value]) => value), name: `${solver}, ${name}`, type: "scatter", mode: "lines",
+        line: {color: colour(i), dash, width: 2.25, shape: "hv"}, hovertemplate: "%{y:.6~g} after %{x:.4~g} ms",
+      });
+    }
+  });
+  plot("incumbent", traces, {
+    xaxis: {type: "log", title: {text: "Time since the start of the run (ms)"}, ...factorTicks(traces.flatMap((trace) => trace.x))},
+    yaxis: {title: {text: "Objective"}, tickformat: "~g"},
+  }, traces.length ? "" : "No solver has a selection or a bound for this head.");
+}
+
 // ---------------------------------------------------------------- the page
 
 function drawFacts() {
   const run = data.run, list = byId("facts");
+  if (!list) return; // the service says these things itself
   const shell = (word) => /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
   const listed = (object) => Object.entries(object).map(([key, value]) => `${key} ${value}`).join(", ");
   const add = (title, text, name = "span") => {
@@ -476,52 +385,61 @@ function drawFacts() {
   }
 }
 
+let chosen = false; // the first choices of solvers, once
+const prefer = (id, value) => { if (byId(id)) byId(id).value = value; };
+
 function fillChoices() {
   const set = currentSet();
   const used = data.solvers.map((solver, i) => [i, solver]).filter(([i]) => set.rows.some((row) => field(row, "solver") === i));
   const proves = (i) => set.rows.some((row) => field(row, "solver") === i && field(row, "bound_kind") === "proven");
   const shown = Object.keys(set.details);
-  const firstTime = byId("map-solver").options.length === 0;
+  const firstTime = !chosen;
+  chosen = true;
   fill("map-solver", used);
+  fill("kept-solver", used);
   fill("graph-solver", used.map(([, solver]) => [solver, solver]));
-  fill("graph-head", shown.map((head) => [head, head]));
+  for (const id of ["graph-head", "incumbent-head"]) fill(id, shown.map((head) => [head, head]));
   fill("time-head", [["", `all ${set.heads.length}: median`], ...shown.map((head) => [head, head])]);
   if (firstTime) { // begin with something to see
     const provers = used.filter(([i]) => proves(i));
-    if (provers.length) byId("map-solver").value = provers[0][0];
-    if (provers.length) byId("graph-solver").value = provers.at(-1)[1];
-    else { byId("map-value").value = "over_best"; byId("time-value").value = "best"; }
+    if (provers.length) { prefer("map-solver", provers[0][0]); prefer("graph-solver", provers.at(-1)[1]); }
+    else { prefer("map-value", "over_best"); prefer("time-value", "best"); }
   }
-  byId("graph-which").textContent = shown.length === set.heads.length ? "" :
+  if (byId("graph-which")) byId("graph-which").textContent = shown.length === set.heads.length ? "" :
     `Drawn are ${shown.length} of ${set.heads.length} heads: the first, the hardest, and the worst of each layer.`;
 }
 
 const PICTURES = {
   distance: [drawDistance, ["distance-from"]], profile: [drawProfile, ["criterion"]], map: [drawMap, ["map-solver", "map-value"]],
+  kept: [drawKept, ["kept-solver"]], incumbent: [drawIncumbent, ["incumbent-head"]],
   time: [drawTime, ["time-head", "time-value"]], graph: [drawGraph, ["graph-head", "graph-solver"]],
 };
 
+// Those that the page has a place for.
+const pictures = () => Object.entries(PICTURES).filter(([id]) => byId(id)).map(([, picture]) => picture);
+
 function drawPictures() {
-  for (const [draw] of Object.values(PICTURES)) draw();
+  for (const [draw] of pictures()) draw();
 }
 
 function drawSet() {
   fillChoices();
-  drawSummary();
-  drawRecords();
+  if (byId("summary")) drawSummary();
+  if (byId("records")) drawRecords();
   drawPictures();
 }
 
-drawFacts();
-fill("set", data.sets.map((set, i) => [i, `${set.bundle}, ratio ${set.ratio}`]));
-byId("set-controls").hidden = data.sets.length < 2;
-fill("criterion", data.criteria.map(({key, words}) => [key, words]));
-for (const [draw, ids] of Object.values(PICTURES)) {
-  for (const id of ids) byId(id).addEventListener("change", draw);
+// Draw what report_data made into the sections of the page.
+function startReport(made) {
+  data = made;
+  drawFacts();
+  fill("set", data.sets.map((set, i) => [i, data.head_pages ? `ratio ${set.ratio}` : `${set.bundle}, ratio ${set.ratio}`]));
+  if (byId("set-controls")) byId("set-controls").hidden = data.sets.length < 2;
+  fill("criterion", data.criteria.map(({key, words}) => [key, words]));
+  for (const [draw, ids] of pictures()) {
+    for (const id of ids) byId(id).addEventListener("change", draw);
+  }
+  if (byId("set")) byId("set").addEventListener("change", drawSet);
+  darkScheme.addEventListener("change", drawPictures);
+  drawSet();
 }
-byId("set").addEventListener("change", drawSet);
-darkScheme.addEventListener("change", drawPictures);
-drawSet();
-</script>
-</body>
-</html>

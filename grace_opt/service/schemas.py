@@ -1,0 +1,284 @@
+"""Bodies of the API. A field that a record has bears its name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from grace_opt.readout import SCOPES
+from grace_opt.service.tables import State
+from grace_opt.solution import BoundKind, Limit, Status
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="sha256, 64 hexadecimal digits")]
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  #: PostgreSQL holds no NUL
+Option = Text | int | float | bool | None
+Scope = Literal["read", "submit", "admin"]
+Sort = Literal["id", "problem", "status", "objective", "gap", "reference_gap", "over_best", "time"]
+
+
+class Body(BaseModel):
+    """Unknown fields are refused, and so is NaN."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class SolverChoice(Body):
+    """A solver and its options."""
+
+    solver: Text = Field(min_length=1, max_length=100, examples=["branch-and-bound"])
+    options: dict[Text, Option] = Field(default_factory=dict, examples=[{}])
+
+
+class RunLimits(Body):
+    """Limits of each head, as in `grace_opt.Limits`."""
+
+    time_limit: float | None = Field(None, ge=0, le=1e6, description="seconds")
+    gap_rel: float = Field(1e-6, ge=0, le=1e300)
+    gap_abs: float = Field(0.0, ge=0, le=1e300)
+    node_limit: int | None = Field(None, ge=0, le=2**53)
+    iteration_limit: int | None = Field(None, ge=0, le=2**53)
+    seed: int = Field(0, ge=0, lt=2**63)
+    threads: int = Field(1, ge=1, le=256)
+
+
+class RunConfig(Body):
+    """What problems are made of the graphs, and what masks of their solutions."""
+
+    protect: bool = Field(True, description="keep the bundle's protected channels")
+    readout: Literal["prefill", "static", "none"] = Field("prefill", description="scope of the masks' read-out")
+    recent_window: int | None = Field(None, ge=0, lt=2**31, description="of the masks; the graphs' own if null")
+    sinks: int | None = Field(None, ge=0, lt=2**31, description="of the masks; the graphs' own if null")
+
+
+assert set(RunConfig.model_fields["readout"].annotation.__args__) == set(SCOPES)  # type: ignore[union-attr]
+
+
+class RunRequest(Body):
+    """Every solver on every head of a bundle at every ratio."""
+
+    bundle: Digest = Field(description="digest of a bundle that the service has")
+    solvers: list[SolverChoice] = Field(min_length=1, max_length=32)
+    ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        min_length=1, max_length=32, description="fractions of each head's channels to prune"
+    )
+    limits: RunLimits = Field(default_factory=RunLimits)
+    config: RunConfig = Field(default_factory=RunConfig)
+    name: Text = Field("", max_length=200, description="for people")
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "bundle": "0" * 64,
+                    "solvers": [{"solver": "greedy"}, {"solver": "branch-and-bound"}],
+                    "ratios": [0.6],
+                    "limits": {"time_limit": 10},
+                    "name": "smollm2, nightly",
+                }
+            ]
+        }
+    )
+
+    @field_validator("solvers")
+    @classmethod
+    def _each_once(cls, solvers: list[SolverChoice]) -> list[SolverChoice]:
+        names = [each.solver for each in solvers]
+        if len(set(names)) < len(names):
+            raise ValueError("name each solver once; other options are another run")
+        return solvers
+
+    @field_validator("ratios")
+    @classmethod
+    def _no_ratio_twice(cls, ratios: list[float]) -> list[float]:
+        return list(dict.fromkeys(ratios))
+
+
+class Bundle(BaseModel):
+    """A graph bundle of the service."""
+
+    digest: Digest
+    name: str
+    nbytes: int
+    heads: int
+    about: dict[str, str] = Field(description="the file's metadata: model, objective, windows")
+    created: str = Field(description="UTC, ISO 8601", examples=["2026-01-31T12:00:00+00:00"])
+
+
+class Registration(Body):
+    """A bundle that lies in the folder ``bundles`` of the service's data folder."""
+
+    path: Text = Field(min_length=1, max_length=1000, examples=["smollm2/graphs.safetensors"])
+
+
+class SummaryRow(BaseModel):
+    """A solver of a run at one ratio; see `grace_opt.compare.summarise`."""
+
+    bundle: Digest
+    ratio: float
+    solver: str
+    heads: int
+    over_best_mean: float | None
+    over_best_max: float | None
+    gap_mean: float | None
+    reference_gap_mean: float | None
+    optimal_share: float
+    time: float | None = Field(description="shifted geometric mean, seconds")
+    errors: int
+    no_selection: int
+    not_supported: int
+
+
+class Run(BaseModel):
+    """A run."""
+
+    id: int
+    bundle: Digest
+    state: State
+    error: str | None
+    request: RunRequest
+    total: int = Field(description="records when it is complete")
+    done: int = Field(description="records so far")
+    reused: int = Field(description="records that were taken from earlier runs")
+    submitted_by: str | None
+    created: str
+    started: str | None
+    ended: str | None
+    summary: list[SummaryRow] = Field(description="a row for each ratio and solver, once complete")
+
+
+class TimingNs(BaseModel):
+    """Nanoseconds of wall-clock time."""
+
+    build: int
+    solve: int
+    round: int
+    total: int
+
+
+class Record(BaseModel):
+    """What one solver said of one head; the last five fields are there once the run is complete."""
+
+    bundle: Digest
+    ratio: float
+    problem: str = Field(examples=["layers.3.kv_heads.1.key"])
+    pruned: list[int] | None
+    digest: Digest = Field(description="of the problem")
+    n: int
+    prune: int
+    solver: str
+    solver_version: str
+    status: Status
+    limit: Limit
+    raw_status: str
+    objective: float | None
+    lower_bound: float | None
+    bound_kind: BoundKind
+    gap: float | None
+    nodes: int
+    iterations: int
+    timing_ns: TimingNs
+    seed: int
+    threads: int
+    options: dict[str, Any]
+    warnings: list[str]
+    versions: dict[str, str]
+    trace: list[tuple[float | None, float | None, float | None]] = Field(
+        description="seconds, objective and lower bound whenever one of the two improved"
+    )
+    limits: dict[str, Any]
+    best_known: float | None = None
+    over_best: float | None = None
+    best_bound: float | None = None
+    best_bound_solver: str | None = None
+    reference_gap: float | None = None
+
+
+class Mask(BaseModel):
+    """The mask of one solver of a run at one ratio."""
+
+    run: int
+    ratio: float
+    solver: str
+    digest: Digest = Field(description="of kv_mask.json: /api/masks/{digest}.json and .safetensors")
+    tensors: Digest = Field(description="of kv_mask.safetensors")
+    objective_sum: float
+
+
+class SolverInfo(BaseModel):
+    """A solver that can be asked for."""
+
+    solver: str
+    guarantee: str
+    needs: str
+    origin: str
+    options: dict[str, Any] = Field(description="names and defaults")
+    capabilities: dict[str, Any] | None = Field(
+        description="null if it cannot be loaded; ``needs`` says what to install"
+    )
+
+
+class Meta(BaseModel):
+    """What this service is and allows."""
+
+    version: str
+    api_keys: bool = Field(description="whether requests need a key")
+    scope: Scope = Field(description="what this request may do")
+    upload_limit: int = Field(description="bytes of a bundle at most")
+    queue_limit: int = Field(description="unfinished runs at most")
+    workers: int
+
+
+class Health(BaseModel):
+    """Whether the service can do its work."""
+
+    status: Literal["ok", "waiting"]
+    trouble: str | None = Field(description="what it waits for")
+
+
+class Comparison(BaseModel):
+    """Runs side by side."""
+
+    runs: list[Run]
+    summary: list[dict[str, Any]] = Field(description="the rows of all runs, each with its run's id as ``run``")
+    differences: list[dict[str, Any]] = Field(
+        description="for each ratio, solver and head that all runs have: objectives, and how many channels all prune"
+    )
+
+
+class Problem(BaseModel):
+    """RFC 9457: what went wrong and what to do."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """A part of a list."""
+
+    total: int
+    offset: int
+    limit: int
+
+
+class Bundles(Page[Bundle]):
+    """Bundles, the newest first."""
+
+    bundles: list[Bundle]
+
+
+class Runs(Page[Run]):
+    """Runs, the newest first."""
+
+    runs: list[Run]
+
+
+class Records(Page[Record]):
+    """Records."""
+
+    records: list[Record]
