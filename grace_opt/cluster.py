@@ -6,8 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CHUNK_SECONDS = 0.5  #: of work that is sent at once: a hundred times what sending takes, and little to do again
 LARGEST_CHUNK = 64
 CONNECT_SECONDS = 10.0
+WATCH_SECONDS = 0.5
 
 
 @dataclass(eq=False)
@@ -123,7 +124,7 @@ class Cluster:
         return done
 
     def drop(self, unwanted: Any) -> None:
-        """Forget the chunks in flight of which ``unwanted(chunk)`` is true; a worker finishes what it has begun."""
+        """Forget the chunks in flight of which ``unwanted(chunk)`` is true; what solves them is killed."""
         self._unsent = [chunk for chunk in self._unsent if not unwanted(chunk)]
         for future, chunk in list(self._flying.items()):
             if unwanted(chunk):
@@ -251,13 +252,36 @@ def solve_chunk(
 ) -> list[tuple[RawResult, int]]:
     """A worker's task. Raises InputError if its packages are not those of who sent it."""
     _require_same("worker", os.uname().nodename, versions_of(solver.capabilities.requires), versions)
-    if not hasattr(_supervisors, "own"):
+    if not hasattr(_supervisors, "own") or _supervisors.own.stopped:
         _supervisors.own = Supervisor()
     supervisor: Supervisor = _supervisors.own
-    return supervisor.solve(solver, problems, limits)
+    with _stopped_if_dropped(supervisor):
+        return supervisor.solve(solver, problems, limits)
 
 
 _supervisors = threading.local()
+
+
+@contextmanager
+def _stopped_if_dropped(supervisor: Supervisor) -> Iterator[None]:
+    """Kill the solver's process when nobody wants the result of this task any more; Dask itself lets tasks run on."""
+    from distributed import get_worker
+
+    worker, ended = get_worker(), threading.Event()
+    key = worker.get_current_task()
+
+    def watch() -> None:
+        while not ended.wait(WATCH_SECONDS):
+            task = worker.state.tasks.get(key)
+            if task is None or task.state == "cancelled":
+                supervisor.stop()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _own_versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import current_process, get_context
@@ -152,6 +152,11 @@ class Supervisor:
             return self._supervised(solver, problems, limits)
         return [pair for problem in problems for pair in self._supervised(solver, [problem], limits)]
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it was stopped; then it solves no more."""
+        return self._stopped
+
     def stop(self) -> None:
         """Kill the process; a call that waits for it comes to its end."""
         self._stopped = True
@@ -211,7 +216,11 @@ class Supervisor:
             self._end()
             raise CancelledError("stopped")
         try:
-            return self._pool.schedule(function, args=arguments, timeout=patience).result()
+            future = self._pool.schedule(function, args=arguments, timeout=patience)
+            while not wait([future], 0.5).done:
+                if self._stopped:  # by another thread; a pool that was stopped says nothing of what it was at
+                    raise CancelledError("stopped")
+            return future.result()
         except (TimeoutError, ProcessExpired):
             self._end()
             raise

@@ -71,6 +71,16 @@ def test_a_solver_that_hangs_is_killed_at_its_time_limit(local: Cluster) -> None
     assert solutions[1].limit is Limit.TIME
 
 
+def test_what_is_dropped_is_killed(local: Cluster) -> None:
+    heads = problems()
+    for _ in range(2):  # both workers hang, without a time limit
+        local.add(Chunk(FaultySolver("hang"), heads, Limits(), list(range(len(heads)))))
+    time.sleep(1.0)
+    local.drop(lambda chunk: True)
+    expected = [s.pruned for s in solve_many(heads, FaultySolver())]
+    assert [s.pruned for s in solve_many(heads, FaultySolver(), engine=local.runs)] == expected
+
+
 def test_a_worker_that_is_killed_has_its_work_done_by_another(local: Cluster) -> None:
     heads = problems(20)
     local.add(Chunk(SlowSolver(), heads, Limits(), list(range(len(heads)))))  # two seconds

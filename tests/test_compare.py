@@ -454,7 +454,7 @@ def test_stopped_and_started_again(small: Path, tmp_path: Path, how: signal.Sign
 def test_a_full_disk_is_one_sentence(small: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "grace_opt", "compare", str(small), "--ratio", "0.5", "--solver", "greedy", "-q"]
     full = subprocess.run(
-        ["sh", "-c", 'ulimit -f 5 && exec "$@"', "sh", *command, "-o", str(tmp_path / "r")],
+        ["sh", "-c", 'ulimit -f 8 && exec "$@"', "sh", *command, "-o", str(tmp_path / "r")],
         check=False,
         capture_output=True,
         text=True,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from grace_opt import InputError, SubsetProblem, solve, solve_many
+from grace_opt.engine import Supervisor
 from grace_opt.solution import Capabilities, Limit, Limits, RawResult, Status
 
 
@@ -100,6 +101,14 @@ def test_a_solver_that_never_returns_is_killed() -> None:
     assert solutions[1].limit is Limit.TIME
     assert "killed" in solutions[1].warnings[0]
     assert {s.problem for s in seen} == {p.name for p in problems()}
+
+
+def test_a_supervisor_is_stopped_by_another_thread() -> None:
+    supervisor = Supervisor()
+    threading.Timer(1.5, supervisor.stop).start()
+    results = supervisor.solve(FaultySolver("hang"), problems(), Limits())
+    assert [raw.status for raw, _ in results] == [Status.FEASIBLE, Status.ERROR, Status.ERROR, Status.ERROR]
+    assert supervisor.stopped
 
 
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"isolate": True, "workers": 2}])

@@ -520,6 +520,19 @@ def test_a_bundle_whose_file_is_lost_fails_its_run(setting: Setting) -> None:
     again.stop()
 
 
+def test_a_run_that_cannot_be_worked_on_does_not_stop_the_others(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a mistake")
+
+    monkeypatch.setattr("grace_opt.service.runner.summarise", broken)
+    failed = setting.wait(setting.submit().json()["id"])
+    assert (failed["state"], failed["error"]) == ("failed", "a mistake")
+    monkeypatch.undo()
+    assert setting.wait(setting.submit().json()["id"])["state"] == "complete"
+
+
 def test_clocks_may_jump(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     for moment in ("2031-01-01T00:00:00+00:00", "1999-01-01T00:00:00+00:00"):
         monkeypatch.setattr("grace_opt.service.store.now", lambda moment=moment: moment)

@@ -128,6 +128,18 @@ def test_one_server_at_a_time(store: Store, tmp_path: Path, storage: str | None)
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+def test_what_a_kill_left_half_done_is_cleared(store: Store, tmp_path: Path, storage: str | None) -> None:
+    half = store.folder / "tmp" / "mask"
+    half.mkdir()
+    (half / "kv_mask.json").write_text("{")
+    (store.folder / "tmp" / "upload").write_text("half")
+    with opened(tmp_path / "data", storage, alone=False):  # a command beside the server touches nothing
+        assert half.is_dir()
+    store.close()
+    with opened(tmp_path / "data", storage) as again:
+        assert list((again.folder / "tmp").iterdir()) == []
+
+
 def test_a_newer_database_is_refused(store: Store, tmp_path: Path, storage: str | None) -> None:
     with store.engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))

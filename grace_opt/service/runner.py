@@ -117,7 +117,9 @@ class Runner(threading.Thread):
                 else:
                     self._news.wait(IDLE_SECONDS)
                 self.trouble = None
-            except (SQLAlchemyError, OSError, InputError) as error:
+            except Exception as error:  # the store or the scheduler is away; or a mistake of ours, which may pass
+                if not isinstance(error, SQLAlchemyError | OSError | InputError):
+                    log.exception("the runner goes on after")
                 reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
                 if self.trouble != reason:
                     log.warning("waiting: %s", reason)
@@ -136,8 +138,10 @@ class Runner(threading.Thread):
             if run not in self._work:
                 try:
                     work = self._begin(row)
-                except (InputError, MemoryError) as error:  # what could not be known when it was accepted
-                    self.store.move(run, State.FAILED, str(error))
+                except (SQLAlchemyError, OSError):
+                    raise
+                except Exception as error:  # what could not be known when it was accepted, a plug-in's failure
+                    self._fail(run, error)
                 else:
                     self._work[run] = work
 
@@ -205,7 +209,19 @@ class Runner(threading.Thread):
             work.done = self.store.add_records(run, self._unsaved[run])
             del self._unsaved[run]
         for work in list(self._work.values()):
-            self._complete_if_done(work)
+            try:
+                self._complete_if_done(work)
+            except (SQLAlchemyError, OSError):
+                raise
+            except Exception as error:
+                self._fail(work.run, error)
+
+    def _fail(self, run: int, error: Exception) -> None:
+        """End a run that cannot be worked on; the others go on."""
+        if not isinstance(error, InputError):
+            log.exception("run %d failed", run)
+        self.store.move(run, State.FAILED, str(error) or repr(error))
+        self._work.pop(run, None)
 
     def _complete_if_done(self, work: Work) -> None:
         if work.done < work.total:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,8 +68,6 @@ class Store:
         try:
             for part in ("blobs", "tmp", "bundles"):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
-            for old in (self.folder / "tmp").iterdir():  # of a server that was killed
-                old.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(
                 f"cannot use the data folder {self.folder}: {error.strerror}; choose another one"
@@ -98,6 +97,7 @@ class Store:
         try:
             if alone:
                 self.hold()
+                self._clear()
             upgrade(self.engine)
         except SQLAlchemyError as error:
             self.close()
@@ -361,6 +361,14 @@ class Store:
         return {**dict.fromkeys(map(str, State), 0), **{str(state): count for state, count in found}}
 
     # ---------------------------------------------------------------- inside
+
+    def _clear(self) -> None:
+        """Remove what a server that was killed has left half done."""
+        for old in (self.folder / "tmp").iterdir():
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)
 
     def _one(self, query: Any) -> Row | None:
         with self.engine.connect() as connection:
