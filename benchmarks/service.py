@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def more_heads(bundle: GraphBundle, count: int, seed: int) -> GraphBundle:
 @contextmanager
 def serving(folder: Path, storage: str | None) -> Iterator[Client]:
     """A server in a process of its own."""
-    port = "8765"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
     more = [] if storage is None else ["--storage", storage]
     command = [sys.executable, "-m", "grace_opt", "serve", "--data", str(folder), "--port", port, *more]
     server = subprocess.Popen([*command, "--workers", str(WORKERS)], stderr=subprocess.DEVNULL)
@@ -71,7 +74,7 @@ def serving(folder: Path, storage: str | None) -> Iterator[Client]:
         server.wait()
 
 
-def overhead(client: Client, bundle: GraphBundle, heads: int, folder: Path, repeats: int = 3) -> list[dict[str, Any]]:
+def overhead(client: Client, bundle: GraphBundle, heads: int, folder: Path, repeats: int) -> list[dict[str, Any]]:
     """Times of the service and of `solve_many`, in turn, on the same fresh heads each time."""
     times: dict[str, list[float]] = {"service": [], "solve_many, processes": [], "solve_many, threads": []}
     warm = save(more_heads(bundle, 8, 99), folder)
@@ -133,7 +136,7 @@ async def reader(port: int, run: int, until: float, pause: float, seen: list[flo
     sink.close()
 
 
-def latencies(port: int, run: int, pause: float, seconds: float = 10.0) -> dict[str, Any]:
+def latencies(port: int, run: int, pause: float, seconds: float) -> dict[str, Any]:
     """What `CLIENTS` clients see."""
     seen: list[float] = []
     errors: list[str] = []
@@ -184,6 +187,8 @@ def main(
     bundle: Path,
     heads: Annotated[int, typer.Option(help="Of the run that is timed.")] = 256,
     records: Annotated[int, typer.Option(help="Of the run whose first page is timed.")] = 10_000,
+    seconds: Annotated[float, typer.Option(help="For which the clients read.")] = 10.0,
+    repeats: Annotated[int, typer.Option(help="Of the run that is timed.")] = 3,
     storage: Annotated[str | None, typer.Option(help="As of grace-opt serve.")] = None,
     format: Annotated[str, typer.Option("--format", "-f", help="table or json.")] = "table",
 ) -> None:
@@ -192,12 +197,12 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with serving(folder / "data", storage) as client:
-            rows: list[dict[str, Any]] = overhead(client, graphs, heads, folder)
+            rows: list[dict[str, Any]] = overhead(client, graphs, heads, folder, repeats)
         run = big_run(folder / "data", storage, records)
         with serving(folder / "data", storage) as client:
             rows += first_pages(client, run, records)
             port = int(client.url.rpartition(":")[2])
-            rows += [latencies(port, run, pause) for pause in (0.0, 1.0)]
+            rows += [latencies(port, run, pause, seconds) for pause in (0.0, 1.0)]
     show(rows, format)
 
 
