@@ -74,10 +74,10 @@ def page_part(name: str) -> str:
 
 
 def page_sections(*names: str) -> str:
-    """The sections of these names, in the page's own order, as HTML."""
-    found = re.findall(r'<section [^>]*id="(\w+)-section">.*?</section>', page_part("sections.html"), re.S)
-    whole = re.findall(r"<section .*?</section>", page_part("sections.html"), re.S)
-    return "\n\n".join(html for name, html in zip(found, whole, strict=True) if name in names)
+    """The sections of these names, in their order, as HTML."""
+    found = re.finditer(r'<section [^>]*id="(\w+)-section">.*?</section>', page_part("sections.html"), re.S)
+    html_of = {match[1]: match[0] for match in found}
+    return "\n\n".join(html_of[name] for name in names)
 
 
 def report_data(
