@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from serving import DATA, Postgres, live, new_database, pg_ctl, skip_without_postgres
 
-from grace_opt import load_mask
+from grace_opt import InputError, load_mask
 from grace_opt.cluster import Chunk, Cluster
 from grace_opt.engine import run_one
 from grace_opt.graphs import load_bundle, save_bundle
@@ -453,6 +453,12 @@ def test_a_full_disk_is_said_and_nothing_is_changed(setting: Setting, monkeypatc
     assert "disk is full" in problem_of(setting.upload(path.read_bytes()), 507)
     assert setting.http.get("/api/bundles").json()["total"] == 1
     assert list((setting.store.folder / "tmp").iterdir()) == []
+    monkeypatch.undo()
+
+    def full_mask(*_: Any) -> None:
+        raise InputError("cannot write kv_mask.json: No space left on device") from OSError(errno.ENOSPC, "No space")
+
+    monkeypatch.setattr("grace_opt.service.runner.save_mask", full_mask)
     run = setting.submit().json()["id"]  # its masks cannot be written; it waits
     for _ in range(100):
         if setting.http.get("/healthz").status_code == 503:

@@ -131,9 +131,7 @@ class Runner(threading.Thread):
         """Begin what is new in the store, drop what was cancelled there."""
         rows = {row["id"]: row for row in self.store.unfinished()}
         for run in [run for run in self._work if run not in rows]:
-            work = self._work.pop(run)
-            self._unsaved.pop(run, None)
-            self.cluster.drop(lambda chunk, work=work: any(label[0] is work for label in chunk.labels))
+            self._forget(run)
         for run, row in rows.items():
             if run not in self._work:
                 try:
@@ -221,7 +219,13 @@ class Runner(threading.Thread):
         if not isinstance(error, InputError):
             log.exception("run %d failed", run)
         self.store.move(run, State.FAILED, str(error) or repr(error))
-        self._work.pop(run, None)
+        self._forget(run)
+
+    def _forget(self, run: int) -> None:
+        """Drop a run's work, also what workers are at."""
+        work = self._work.pop(run, None)
+        self._unsaved.pop(run, None)
+        self.cluster.drop(lambda chunk: any(label[0] is work for label in chunk.labels))
 
     def _complete_if_done(self, work: Work) -> None:
         if work.done < work.total:
@@ -244,21 +248,22 @@ class Runner(threading.Thread):
                 if any(record["pruned"] is None for record in heads):
                     continue
                 config = work.request["config"]
+                try:
+                    mask = mask_from_solutions(
+                        work.bundle,
+                        [Solution.from_record(record) for record in heads],
+                        recent_window=config["recent_window"],
+                        sinks=config["sinks"],
+                        readout=config["readout"],
+                    )
+                except InputError as error:  # no mask can be made of this bundle; its records are still worth having
+                    log.warning("run %d has no mask: %s", work.run, error)
+                    continue
                 with tempfile.TemporaryDirectory(dir=self.store.folder / "tmp") as folder:
                     try:
-                        mask = mask_from_solutions(
-                            work.bundle,
-                            [Solution.from_record(record) for record in heads],
-                            recent_window=config["recent_window"],
-                            sinks=config["sinks"],
-                            readout=config["readout"],
-                        )
                         save_mask(mask, folder)
-                    except (
-                        InputError
-                    ) as error:  # of this bundle no mask can be made; its records are still worth having
-                        log.warning("run %d has no mask: %s", work.run, error)
-                        return []
+                    except InputError as error:  # a full disk, say: wait
+                        raise OSError(str(error)) from error
                     description, tensors = ((Path(folder) / name).read_bytes() for name in (JSON_NAME, TENSORS_NAME))
                 rows.append(
                     {
