@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 import grace_opt.runtime
 from grace_opt import Calibration, SubsetProblem, calibrate, load_bundle, load_model, mask_from_solutions, solve_many
-from grace_opt.texts import read_pieces, token_windows
+from grace_opt.models.texts import read_pieces, token_windows
 
 HEADS = Path(__file__).parent.parent / "tests" / "data" / "heads-qwen2.5-coder-1.5b.safetensors"
 

@@ -21,10 +21,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from grace_opt.quantise import quantise
+from grace_opt.compression.integers import quantise
 
 if TYPE_CHECKING:
-    from grace_opt.runtime.kernel import Tokens
+    from grace_opt.runtime.kernels.triton import Tokens
 
 Run = Callable[[], Any]
 
@@ -79,7 +79,7 @@ class Cache:
     @staticmethod
     def _tokens(x: Tensor, kept: int, whole: tuple[int, int], bits: int, axis: Literal["channel", "token"]) -> Tokens:
         """The first ``kept`` channels, as integers up to the window's last whole block if there are bits."""
-        from grace_opt.runtime.kernel import Tokens
+        from grace_opt.runtime.kernels.triton import Tokens
 
         sinks, recent = whole
         context = x.shape[2]
@@ -100,7 +100,7 @@ class Cache:
 
     def error(self, splits: int | None) -> float:
         """Largest absolute difference of the first row of the batch to the formula in float32."""
-        from grace_opt.runtime.kernel import decode
+        from grace_opt.runtime.kernels.triton import decode
 
         of = self.arguments
         sinks, context = of["sinks"], of["length"]
@@ -143,7 +143,7 @@ def main(
     if not torch.cuda.is_available():
         typer.echo("this benchmark times a CUDA kernel and this machine has no CUDA device; run it on one", err=True)
         raise typer.Exit(2)
-    from grace_opt.runtime.kernel import decode
+    from grace_opt.runtime.kernels.triton import decode
 
     of = {"device": "cuda", "dtype": getattr(torch, dtype)}
     shape = (batch, kv_heads, context, head_dim)

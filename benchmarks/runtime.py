@@ -29,10 +29,10 @@ from transformers.utils import is_optimum_quanto_available
 
 import grace_opt.runtime
 from grace_opt import Calibration, InputError, KVMask, calibrate, load_model, mask_from_solutions, solve_many
-from grace_opt.geometry import text_config
+from grace_opt.models.config import text_config
+from grace_opt.models.texts import read_pieces, token_windows
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.ragged import RaggedLayer
-from grace_opt.texts import read_pieces, token_windows
 
 WARM_UP = 3  # decoded tokens that are not timed
 

@@ -29,11 +29,11 @@ import numpy as np
 import typer
 
 from grace_opt import solve_many
-from grace_opt.cluster import Cluster
+from grace_opt.engines.dask import Cluster
 from grace_opt.graphs import GraphBundle, HeadGraph, load_bundle, save_bundle
 from grace_opt.service.client import Client
-from grace_opt.service.store import opened
-from grace_opt.service.tables import State
+from grace_opt.service.db.store import opened
+from grace_opt.service.db.tables import State
 
 CLIENTS = 200
 WORKERS = 2

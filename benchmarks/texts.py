@@ -28,8 +28,8 @@ from rich.progress import Progress
 from grace_opt.errors import InputError
 from grace_opt.evaluate.documents import pydoc_documents
 from grace_opt.files import write_text
-from grace_opt.models import cache_folder
-from grace_opt.packages import PackagedFile, progress_bars
+from grace_opt.models.load import cache_folder
+from grace_opt.models.packaged_file import PackagedFile, progress_bars
 
 ARTICLES = PackagedFile(
     requirement="gensim==4.4.0",

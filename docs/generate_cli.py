@@ -12,15 +12,15 @@ from typing import Any
 
 import typer
 
-from grace_opt.cli import app
-from grace_opt.config import _ONLY, TABLES
+from grace_opt.cli.config import _ONLY, TABLES
+from grace_opt.cli.main import app
 
 PAGE = Path(__file__).parent / "cli.md"
 
 INTRODUCTION = """\
 # Command line
 
-<!-- Written by docs/generate_cli.py; change the help texts in grace_opt/cli.py and service/commands.py instead. -->
+<!-- Written by docs/generate_cli.py; change the help texts in grace_opt/cli/ instead. -->
 
 `grace-opt COMMAND --help` prints the same. Data goes to standard output, everything else to standard error. Exit codes:
 0, 2 for bad input (one sentence on standard error), 1 for anything unexpected, 130 when interrupted.

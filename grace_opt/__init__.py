@@ -6,11 +6,11 @@ first used.
 
 from types import ModuleType
 
-from grace_opt.calibrate import Calibration, calibrate
+from grace_opt.compression.mask import KVMask, load_mask, mask_from_solutions, save_mask
 from grace_opt.errors import InputError
 from grace_opt.graphs import GraphBundle, HeadGraph, Protection, load_bundle, salient_channels, save_bundle
-from grace_opt.masks import KVMask, load_mask, mask_from_solutions, save_mask
-from grace_opt.models import load_model
+from grace_opt.graphs.calibrate import Calibration, calibrate
+from grace_opt.models.load import load_model
 from grace_opt.problem import SubsetProblem
 from grace_opt.solution import BoundKind, Limit, Limits, Solution, Status, Timing
 from grace_opt.solve import solve, solve_many

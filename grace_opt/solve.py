@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from grace_opt.engine import Engine, failed, run_one, runs
+from grace_opt.engines.local import Engine, failed, run_one, runs
 from grace_opt.errors import InputError
 from grace_opt.problem import SubsetProblem
 from grace_opt.registry import create
@@ -91,7 +91,7 @@ def solve_many(
         isolate: run the solver in processes of its own. One that crashes makes a solution of status ``error``; one that
             does not return is killed when it is past its time limit by a fifth and two seconds, and makes one of
             status ``no_solution`` and limit ``time``. The other problems go on. Starting a process takes seconds.
-        engine: in place of ``workers`` and ``isolate``: where to solve, e.g. `grace_opt.cluster.Cluster.runs`.
+        engine: in place of ``workers`` and ``isolate``: where to solve, e.g. `grace_opt.engines.dask.Cluster.runs`.
         progress: called with each solution as it is finished, in this thread; their order is not that of the problems
             when there are several workers.
 

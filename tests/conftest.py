@@ -38,7 +38,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     """The real SmolLM2 and its tokenizer."""
-    from grace_opt.models import load_model
+    from grace_opt.models.load import load_model
 
     return load_model("smollm2-135m")
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from grace_opt.masks import KVMask
+from grace_opt.compression.mask import KVMask
 from grace_opt.problem import SubsetProblem
 from grace_opt.runtime.attention import register
 

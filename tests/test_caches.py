@@ -212,8 +212,8 @@ def test_generate_compiles_the_decoding_of_a_preallocated_cache() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("kinds", [("key",), ("value",), ("key", "value")])
 def test_integers_hold_old_tokens_and_nothing_else(kinds: tuple[str, ...], bits: int) -> None:
-    from grace_opt.quantise import quantise
-    from grace_opt.runtime.store import Integers
+    from grace_opt.compression.integers import quantise
+    from grace_opt.runtime.buffers import Integers
 
     model = tiny_model("Llama", max_position_embeddings=512)
     mask = random_mask(model, 7, values=8, recent_window=6, sinks=2)
@@ -283,9 +283,9 @@ def test_integers_can_be_cropped_within_the_window() -> None:
 def test_a_prompt_chooses_what_the_method_chooses(method: str, static: bool) -> None:
     from dataclasses import replace
 
-    from grace_opt.budget import Budget
+    from grace_opt.compression.budget import Budget
+    from grace_opt.compression.method import METHODS, compress
     from grace_opt.graphs.observed import Observed, output_projection
-    from grace_opt.methods import METHODS, compress
 
     model = tiny_model("Llama")
     policy = replace(METHODS[method], budget="uniform", recent_window=4, sinks=2, observation_window=8)
@@ -452,8 +452,8 @@ def test_protection_that_leaves_too_little_is_said() -> None:
     ids = torch.randint(3, 99, (1, 60))
     from dataclasses import replace
 
+    from grace_opt.compression.method import METHODS
     from grace_opt.graphs.protection import Protection
-    from grace_opt.methods import METHODS
 
     strict = replace(METHODS["grace"], protection=Protection(at_least=0.3, at_most=0.3))
     with pytest.raises(InputError, match="protection leaves 12; prune fewer"), torch.no_grad():
@@ -461,7 +461,7 @@ def test_protection_that_leaves_too_little_is_said() -> None:
 
 
 def test_read_outs_of_the_runtime_are_those_of_masks() -> None:
-    from grace_opt.readout import fit, moments, weighted_moments
+    from grace_opt.compression.readout import fit, moments, weighted_moments
     from grace_opt.runtime.plan import fit as batched
 
     rng = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from serving import Server, many_heads, serving
 
 from grace_opt import load_bundle, solve_many
 from grace_opt.service.client import Client
-from grace_opt.service.tables import UNFINISHED
+from grace_opt.service.db.tables import UNFINISHED
 
 HEADS, RATIO = 90, 0.6
 SOLVERS: dict[str, dict[str, Any]] = {"local-search": {"rounds": 1500}}  # some tenths of a second a head

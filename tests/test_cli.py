@@ -21,7 +21,7 @@ from families import tiny_model
 from safetensors.numpy import save_file
 
 from grace_opt import load_bundle, load_mask, registry
-from grace_opt.cli import main
+from grace_opt.cli.main import main
 
 
 def cli(

@@ -17,7 +17,7 @@ from serving import DATA, free_port, serving
 from test_engine import FaultySolver, SlowSolver, problems
 
 from grace_opt import InputError, load_bundle, solve_many
-from grace_opt.cluster import Chunk, Cluster
+from grace_opt.engines.dask import Chunk, Cluster
 from grace_opt.solution import Limit, Limits, Status
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
@@ -113,7 +113,7 @@ def test_a_cluster_of_other_processes(scheduler: str, tmp_path: Path) -> None:
 
 
 def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grace_opt.cluster.CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("grace_opt.engines.dask.CONNECT_SECONDS", 1.0)
     with pytest.raises(InputError, match="no Dask scheduler answers at tcp://127.0.0.1:1 .*dask scheduler"):
         Cluster("tcp://127.0.0.1:1").connect()
     with pytest.raises(InputError, match="workers must be at least 1"):

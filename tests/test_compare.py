@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import grace_opt.compare
+import grace_opt.compare.compare
 from grace_opt import BoundKind, GraphBundle, HeadGraph, InputError, Limit, Limits, SubsetProblem, save_bundle
-from grace_opt.compare import compare, shifted_geometric_mean, stands, summarise, with_references
-from grace_opt.config import named_options
+from grace_opt.cli.config import named_options
+from grace_opt.compare.compare import compare, shifted_geometric_mean, stands, summarise, with_references
 from grace_opt.registry import create
-from grace_opt.report import gap_over_time, over_best, own_gap, performance_profile, steps
+from grace_opt.reports.report import gap_over_time, over_best, own_gap, performance_profile, steps
 from grace_opt.solution import Capabilities, RawResult
 
 HEADS = Path(__file__).parent / "data" / "heads-smollm2-135m.safetensors"

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 import grace_opt.runtime
 from grace_opt import Calibration, GraphBundle, calibrate, load_mask, mask_from_solutions, save_mask, solve_many
-from grace_opt.generate import forced, kl_per_token
-from grace_opt.texts import read_pieces
+from grace_opt.models.texts import read_pieces
+from grace_opt.runtime.generate import forced, kl_per_token
 
 pytestmark = pytest.mark.model
 

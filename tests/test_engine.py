@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from grace_opt import InputError, SubsetProblem, solve, solve_many
-from grace_opt.engine import Supervisor
+from grace_opt.engines.local import Supervisor
 from grace_opt.solution import Capabilities, Limit, Limits, RawResult, Status
 
 

@@ -17,12 +17,12 @@ from transformers.cache_utils import DynamicCache
 
 import grace_opt.runtime
 from grace_opt import InputError, KVMask
-from grace_opt.budget import Budget
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.headmaps import Compression
+from grace_opt.compression.method import METHODS, Method, method
 from grace_opt.evaluate.documents import Document
 from grace_opt.evaluate.prefill import greedy_tokens, log_probabilities, prefill
 from grace_opt.evaluate.run import Run, evaluate, held_bytes, mask_run, prompts, runs
-from grace_opt.headmaps import Compression
-from grace_opt.methods import METHODS, Method, method
 
 PREFIX, SCORED = 60, 24
 IDS = np.random.default_rng(0).integers(3, 99, PREFIX + SCORED).tolist()

@@ -26,9 +26,9 @@ from grace_opt import (
     save_bundle,
     solve,
 )
-from grace_opt.graphs.sums import GraphSums
+from grace_opt.graphs.accumulate import GraphSums
+from grace_opt.models.texts import read_pieces, token_windows
 from grace_opt.runtime.attention import register
-from grace_opt.texts import read_pieces, token_windows
 
 TEXT = ["Every channel is a node, and interactions are weighted edges. " * 40]
 SHORT = Calibration(tokens=192, window=64, observation_window=8, recent_window=5, sinks=3, objective="logit")

@@ -19,7 +19,7 @@ def test_importing_the_library_loads_neither_torch_nor_a_solver() -> None:
 
 
 def test_functions_win_over_the_modules_of_their_name() -> None:
-    code = "import grace_opt.solve, grace_opt.calibrate; from grace_opt import solve, calibrate; "
+    code = "import grace_opt.solve, grace_opt.graphs.calibrate; from grace_opt import solve, calibrate; "
     assert run(code + "print(callable(solve), callable(calibrate), callable(grace_opt.solve))").split() == ["True"] * 3
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import grace_opt.runtime
 from grace_opt import InputError
-from grace_opt.quantise import Packed, quantise
+from grace_opt.compression.integers import Packed, quantise
 from grace_opt.runtime import attend, kernel
-from grace_opt.runtime.kernel import Tokens, decode
+from grace_opt.runtime.kernels.triton import Tokens, decode
 
 # conftest.py sets TRITON_INTERPRET before anything imports Triton; TRITON_INTERPRET=0 runs these tests on a card.
 DEVICE = torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda")

@@ -10,7 +10,7 @@ from families import tiny_model
 from safetensors.numpy import load_file, save_file
 
 from grace_opt import InputError, KVMask, load_bundle, load_mask, mask_from_solutions, save_mask, solve_many
-from grace_opt.geometry import config_sha256
+from grace_opt.models.config import config_sha256
 
 
 def some_mask(**changes: Any) -> KVMask:
@@ -178,7 +178,7 @@ def test_an_interrupted_save_leaves_the_old_mask(tmp_path: Path, monkeypatch: py
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grace_opt.masks.hashlib.sha256", interrupted)
+    monkeypatch.setattr("grace_opt.compression.mask.hashlib.sha256", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_mask(some_mask(key_keep={0: RAGGED}), tmp_path)
     monkeypatch.undo()

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from observed import LAYERS, observed_layers
 
 from grace_opt import InputError, KVMask, SubsetProblem
-from grace_opt.budget import Budget, Sharing, allot
+from grace_opt.compression.budget import Budget, Sharing, allot
+from grace_opt.compression.headmaps import channel_map
+from grace_opt.compression.method import METHODS, compress, compress_by_mask, method
+from grace_opt.compression.readout import Readout, fit, moments, squared_error
 from grace_opt.evaluate.prefill import Prefill, prefill
 from grace_opt.evaluate.run import held_bytes
 from grace_opt.graphs.observed import Observed
-from grace_opt.headmaps import channel_map
-from grace_opt.methods import METHODS, compress, compress_by_mask, method
-from grace_opt.readout import Readout, fit, moments, squared_error
 
 
 def kept(compression: Any, kind: Any = "key") -> dict[int, list[list[int]]]:

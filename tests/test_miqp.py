@@ -23,8 +23,8 @@ from grace_opt.solution import BoundKind, Limit, Status
 from grace_opt.testing import brute_force
 from grace_opt.testing import problems as cases
 from grace_solvers import miqp
-from grace_solvers.core import Core
-from grace_solvers.dual import Root, root
+from grace_solvers.parts.dual import Root, root
+from grace_solvers.parts.undecided import Core
 
 DATA = Path(__file__).parent / "data"
 BACKENDS = ["gscip", "cp-sat"]

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grace_opt import models
 from grace_opt.errors import InputError
-from grace_opt.packages import PackagedFile
+from grace_opt.models import load as models
+from grace_opt.models.packaged_file import PackagedFile
 
 
 @given(heads=st.integers(1, 5), half=st.integers(1, 8), columns=st.integers(1, 3))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from grace_opt.errors import InputError
 from grace_opt.evaluate.documents import read_documents
-from grace_opt.evaluate.needle import ANSWER_TOKENS, NEEDLE, QUESTION, found, needle_prompts
-from grace_opt.models import smollm2_folder
+from grace_opt.evaluate.tasks.needle import ANSWER_TOKENS, NEEDLE, QUESTION, found, needle_prompts
+from grace_opt.models.load import smollm2_folder
 
 DEPTHS = (0.0, 0.1, 0.5, 0.9, 1.0)
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace_opt import InputError, SubsetProblem
-from grace_opt.budget import error_curves, shared
+from grace_opt.compression.budget import error_curves, shared
+from grace_opt.compression.readout import Readout, fit, moments, squared_error
 from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES, attention, centered, logit, output
 from grace_opt.graphs.observed import Observed
-from grace_opt.readout import Readout, fit, moments, squared_error
 
 HEADS, GROUP, WINDOW, TOKENS, N, NV, HIDDEN = 2, 3, 4, 17, 6, 5, 11
 

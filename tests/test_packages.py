@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from grace_opt import packages
 from grace_opt.errors import InputError
-from grace_opt.packages import PackagedFile
+from grace_opt.models import packaged_file as packages
+from grace_opt.models.packaged_file import PackagedFile
 
 FILE = PackagedFile("some==1", "some/file.bin", 3, hashlib.sha256(b"abc").hexdigest(), 10, "the file", "pass another")
 

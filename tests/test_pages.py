@@ -14,8 +14,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_report import chromium_path
 from test_service import DIGEST, Setting
 
-from grace_opt.service.security import COOKIE, new_key
-from grace_opt.service.tables import State
+from grace_opt.service.db.tables import State
+from grace_opt.service.http.access import COOKIE, new_key
 
 HOSTILE = '<script>alert(1)</script> & "more"'
 HEAD = "layers.8.kv_heads.1.key"

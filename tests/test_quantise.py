@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grace_opt import InputError
-from grace_opt.quantise import Packed, bits_per_element, quantise
+from grace_opt.compression.integers import Packed, bits_per_element, quantise
 
 BITS: Any = [2, 3, 4, 8]
 AXES: Any = ["channel", "token"]

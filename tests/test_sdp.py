@@ -17,8 +17,8 @@ from grace_opt.problem import BoolArray
 from grace_opt.solution import BoundKind, Limit, Solution
 from grace_opt.testing import brute_force
 from grace_solvers import sdp
-from grace_solvers.core import Core, core_of
-from grace_solvers.dual import Root, root
+from grace_solvers.parts.dual import Root, root
+from grace_solvers.parts.undecided import Core, core_of
 
 DATA = Path(__file__).parent / "data"
 OPTIONS = [

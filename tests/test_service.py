@@ -26,14 +26,14 @@ from schemathesis.specs.openapi.checks import (
 from serving import DATA, Postgres, live, new_database, pg_ctl, skip_without_postgres
 
 from grace_opt import InputError, load_mask
-from grace_opt.cluster import Chunk, Cluster
-from grace_opt.engine import run_one
+from grace_opt.engines.dask import Chunk, Cluster
+from grace_opt.engines.local import run_one
 from grace_opt.graphs import load_bundle, save_bundle
-from grace_opt.service.app import create_app
 from grace_opt.service.client import Client
-from grace_opt.service.security import Rates, new_key
-from grace_opt.service.service import Service
-from grace_opt.service.store import Store
+from grace_opt.service.db.store import Store
+from grace_opt.service.http.access import Rates, new_key
+from grace_opt.service.http.app import create_app
+from grace_opt.service.http.state import Service
 
 HEADS = DATA / "heads-smollm2-135m.safetensors"
 CONTENT = HEADS.read_bytes()
@@ -541,7 +541,7 @@ def test_a_run_that_cannot_be_worked_on_does_not_stop_the_others(
 
 def test_clocks_may_jump(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     for moment in ("2031-01-01T00:00:00+00:00", "1999-01-01T00:00:00+00:00"):
-        monkeypatch.setattr("grace_opt.service.store.now", lambda moment=moment: moment)
+        monkeypatch.setattr("grace_opt.service.db.store.now", lambda moment=moment: moment)
         assert setting.wait(setting.submit().json()["id"])["state"] == "complete"
     assert [run["id"] for run in setting.http.get("/api/runs").json()["runs"]] == [2, 1]
 

@@ -16,9 +16,9 @@ from grace_opt.problem import FloatArray
 from grace_opt.solution import BoundKind, Limit
 from grace_opt.testing import brute_force
 from grace_solvers import spectral
-from grace_solvers.convex import convex_bound, convexified
-from grace_solvers.core import Core, core_of
-from grace_solvers.dual import Root, diagonal_shift, root
+from grace_solvers.parts.convex import convex_bound, convexified
+from grace_solvers.parts.dual import Root, diagonal_shift, root
+from grace_solvers.parts.undecided import Core, core_of
 
 DATA = Path(__file__).parent / "data"
 

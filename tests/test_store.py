@@ -15,9 +15,9 @@ from serving import DATA
 from sqlalchemy import text
 
 from grace_opt import InputError, load_bundle, solve_many
-from grace_opt.compare import limits_of
-from grace_opt.service.store import QueueFullError, Store, opened, recipe
-from grace_opt.service.tables import State, Table
+from grace_opt.compare.compare import limits_of
+from grace_opt.service.db.store import QueueFullError, Store, opened, recipe
+from grace_opt.service.db.tables import State, Table
 from grace_opt.solution import Limits, Solution
 
 DIGEST = "a" * 64
@@ -119,7 +119,7 @@ def test_a_run_is_finished_or_cancelled_but_not_both(store: Store, records: list
 
 def test_one_server_at_a_time(store: Store, tmp_path: Path, storage: str | None) -> None:
     program = (
-        "import sys; from grace_opt.service.store import opened\nwith opened(sys.argv[1], sys.argv[2] or None): pass"
+        "import sys; from grace_opt.service.db.store import opened\nwith opened(sys.argv[1], sys.argv[2] or None): pass"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "data"), storage or ""]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -29,12 +29,12 @@ from study import (
     shown,
 )
 
-from grace_opt.budget import Budget
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.method import METHODS, compress
 from grace_opt.evaluate.documents import Passages, read_documents
 from grace_opt.evaluate.prefill import prefill
 from grace_opt.evaluate.run import Run, prompts
 from grace_opt.graphs.objectives import KEY_OBJECTIVES
-from grace_opt.methods import METHODS, compress
 
 NAMES = ("think", "grace", "grace-opt")
 PARTS = ("keys", "values", "generated", "needle", "positions", "cost")

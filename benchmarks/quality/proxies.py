@@ -27,13 +27,13 @@ from study import (
     show,
 )
 
-from grace_opt.budget import Budget
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.headmaps import Compression, LayerMaps, channel_map
+from grace_opt.compression.method import METHODS, compress
 from grace_opt.evaluate.prefill import log_probabilities, prefill
 from grace_opt.evaluate.run import divergence
 from grace_opt.evaluate.statistics import bootstrap_mean
 from grace_opt.graphs.objectives import KEY_OBJECTIVES
-from grace_opt.headmaps import Compression, LayerMaps, channel_map
-from grace_opt.methods import METHODS, compress
 
 PLAIN = replace(METHODS["grace-opt"], budget="uniform", readout="none")
 

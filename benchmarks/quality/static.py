@@ -24,7 +24,7 @@ from study import (
 )
 
 from grace_opt import Calibration, calibrate, mask_from_solutions, solve_many
-from grace_opt.budget import Budget, Sharing, problems_of
+from grace_opt.compression.budget import Budget, Sharing, problems_of
 from grace_opt.evaluate.documents import read_documents
 from grace_opt.evaluate.run import Run, mask_run
 

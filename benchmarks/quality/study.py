@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from grace_opt.budget import Budget
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.method import method
 from grace_opt.evaluate.documents import Passages, read_documents
 from grace_opt.evaluate.run import Run, evaluate, prompts
-from grace_opt.methods import method
-from grace_opt.models import load_model
+from grace_opt.models.load import load_model
 
 Record = dict[str, Any]
 TEXTS = Path("~/.cache/grace-opt/texts").expanduser()

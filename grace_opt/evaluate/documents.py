@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from grace_opt.errors import InputError
-from grace_opt.packages import short
-from grace_opt.texts import decoded, read_pieces, token_windows
+from grace_opt.models.packaged_file import short
+from grace_opt.models.texts import decoded, read_pieces, token_windows
 
 TOPIC_CHARACTERS = 12_000  # of a joined document of topics: above 2304 tokens
 DATASETS = {"longbench": "Xnhyacinth/LongBench", "ruler": "simonjegou/ruler"}  # hub copies that need no loading script

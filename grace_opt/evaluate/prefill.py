@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grace_opt.compression.headmaps import Compression, HeadMap
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import Observed, output_projection
-from grace_opt.headmaps import Compression, HeadMap
 from grace_opt.runtime.attention import attending_with, observing, require_attention_interface
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Prefill:
     def observed(
         self, observation_window: int, recent_window: int, sinks: int, spans: int | None = None
     ) -> dict[int, Observed]:
-        """For `grace_opt.methods.compress`. Raises InputError if the prefix is shorter than its windows."""
+        """For `grace_opt.compression.method.compress`. Raises InputError if the prefix is shorter than its windows."""
         seen = self._observed.setdefault((observation_window, recent_window, sinks, spans), {})
         for layer, queries in () if seen else self.queries.items():
             keys, values = self.past.layers[layer].keys[0], self.past.layers[layer].values[0]

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_opt.budget import Budget
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.headmaps import KINDS, Compression
+from grace_opt.compression.mask import KVMask
+from grace_opt.compression.method import METHODS, Method, compress, compress_by_mask
 from grace_opt.errors import InputError
 from grace_opt.evaluate.documents import Document, Passages, passages
-from grace_opt.evaluate.needle import ANSWER_TOKENS, NeedlePrompt, found, needle_prompts
 from grace_opt.evaluate.prefill import Prefill, greedy_tokens, log_probabilities, prefill
 from grace_opt.evaluate.statistics import Interval, bootstrap_mean, paired, rate
-from grace_opt.geometry import text_config
+from grace_opt.evaluate.tasks.needle import ANSWER_TOKENS, NeedlePrompt, found, needle_prompts
 from grace_opt.graphs.bundle import Kind
-from grace_opt.headmaps import KINDS, Compression
-from grace_opt.masks import KVMask
-from grace_opt.methods import METHODS, Method, compress, compress_by_mask
+from grace_opt.models.config import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

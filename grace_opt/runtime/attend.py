@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from grace_opt.runtime.store import Integers
+from grace_opt.runtime.buffers import Integers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from grace_opt.compression.integers import Bits
     from grace_opt.graphs.bundle import Kind
-    from grace_opt.quantise import Bits
     from grace_opt.runtime.attention import Pruned
-    from grace_opt.runtime.channels import Channels
+    from grace_opt.runtime.side import Channels
 
 KERNEL = find_spec("triton") is not None
 INTERPRETED = False  # tests run the kernel on CPUs, in Triton's interpreter
@@ -97,14 +97,14 @@ def kernel_reads(states: Tensor, bits: Mapping[Kind, Bits]) -> bool:
         return False
     if len(bits) == 1 or 3 in bits.values():  # it reads integers of both kinds or none, and codes within bytes
         return False
-    from grace_opt.runtime.kernel import available
+    from grace_opt.runtime.kernels.triton import available
 
     return available(states)
 
 
 def _fused(query: Tensor, handle: Pruned, mask: Tensor | None, scaling: float) -> Tensor:
     """One decoded token by the Triton kernel; the same numbers as `_attend` but for rounding."""
-    from grace_opt.runtime.kernel import Tokens, compiled_decode, decode
+    from grace_opt.runtime.kernels.triton import Tokens, compiled_decode, decode
 
     layer = handle.layer
     keys, values = layer.held

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from grace_opt.errors import InputError
-from grace_opt.geometry import stated, text_config
+from grace_opt.models.config import stated, text_config
 from grace_opt.runtime.attend import attend
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
-from grace_opt.budget import Budget
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.headmaps import KINDS
+from grace_opt.compression.integers import Bits
+from grace_opt.compression.mask import KVMask, load_mask
+from grace_opt.compression.method import METHODS, Method
 from grace_opt.errors import InputError
-from grace_opt.geometry import text_config
 from grace_opt.graphs.bundle import Kind
-from grace_opt.headmaps import KINDS
-from grace_opt.masks import KVMask, load_mask
-from grace_opt.methods import METHODS, Method
-from grace_opt.quantise import Bits
+from grace_opt.models.config import text_config
 from grace_opt.registry import nearest
 from grace_opt.runtime import attention
 from grace_opt.runtime.layer import PrunedLayer

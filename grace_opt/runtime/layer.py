@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from grace_opt.compression.headmaps import AXES
 from grace_opt.errors import InputError
 from grace_opt.graphs.bundle import Kind
-from grace_opt.headmaps import AXES
 from grace_opt.runtime.attend import kernel_reads
 from grace_opt.runtime.attention import Pruned
-from grace_opt.runtime.channels import Channels
+from grace_opt.runtime.buffers import Growing, Integers, Store
 from grace_opt.runtime.plan import LayerPlan
-from grace_opt.runtime.store import Growing, Integers, Store
+from grace_opt.runtime.side import Channels
 
 _CROP = 32  # tokens that can be taken back, at most
 

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_opt.budget import Budget
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.headmaps import AXES, KINDS
+from grace_opt.compression.integers import Bits, quantise
+from grace_opt.compression.method import Method
+from grace_opt.compression.readout import Readout, weighted_moments
 from grace_opt.errors import InputError
 from grace_opt.graphs.bundle import Kind
 from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES
 from grace_opt.graphs.observed import Observed, double, output_projection
 from grace_opt.graphs.protection import salient_channels
-from grace_opt.headmaps import AXES, KINDS
-from grace_opt.methods import Method
 from grace_opt.problem import prune_count
-from grace_opt.quantise import Bits, quantise
-from grace_opt.readout import Readout, weighted_moments
-from grace_opt.runtime.channels import Channels
-from grace_opt.runtime.store import GROUP
+from grace_opt.runtime.buffers import GROUP
+from grace_opt.runtime.side import Channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +207,7 @@ def fit(mean: Tensor, covariance: Tensor, width: int, ridge: float, *, linear: b
     """Read-outs of many heads at once, on their device and without waiting for it.
 
     Returns B [H, n - d, d] and constants [H, n - d], from the mean [H, n] and covariance [H, n, n], float64, of tokens
-    with the kept channels first. The same as `grace_opt.readout.fit`. O(H d^3).
+    with the kept channels first. The same as `grace_opt.compression.readout.fit`. O(H d^3).
     """
     block, both = covariance[:, :width, :width], covariance[:, :width, width:]
     if not linear or width == 0:

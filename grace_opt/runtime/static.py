@@ -10,10 +10,10 @@ from torch import Tensor
 from grace_opt.errors import InputError
 from grace_opt.graphs.bundle import Kind
 from grace_opt.runtime.attention import Pruned
-from grace_opt.runtime.channels import Channels
+from grace_opt.runtime.buffers import Preallocated, Store
 from grace_opt.runtime.layer import PrunedLayer, first_seen, refuse_right_padding
 from grace_opt.runtime.plan import LayerPlan
-from grace_opt.runtime.store import Preallocated, Store
+from grace_opt.runtime.side import Channels
 
 
 class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]

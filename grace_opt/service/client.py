@@ -13,11 +13,11 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from grace_opt.compression.mask import JSON_NAME, TENSORS_NAME
 from grace_opt.errors import InputError
 from grace_opt.files import file_sha256, replacing
-from grace_opt.masks import JSON_NAME, TENSORS_NAME
 from grace_opt.service import schemas
-from grace_opt.service.tables import UNFINISHED
+from grace_opt.service.db.tables import UNFINISHED
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 POLL_SECONDS = 0.5

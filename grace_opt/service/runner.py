@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
-from grace_opt.cluster import Chunk, Cluster
-from grace_opt.compare import Case, Index, cases_of, limits_of, refusal, summarise, with_references
+from grace_opt.compare.compare import Case, Index, cases_of, limits_of, refusal, summarise, with_references
+from grace_opt.compression.mask import JSON_NAME, TENSORS_NAME, mask_from_solutions, save_mask
+from grace_opt.engines.dask import Chunk, Cluster
 from grace_opt.errors import InputError
 from grace_opt.graphs import GraphBundle, load_bundle
-from grace_opt.masks import JSON_NAME, TENSORS_NAME, mask_from_solutions, save_mask
 from grace_opt.registry import create
-from grace_opt.service.store import Row, Store
-from grace_opt.service.tables import State
+from grace_opt.service.db.store import Row, Store
+from grace_opt.service.db.tables import State
 from grace_opt.solution import Limits, Solution, Solver
 from grace_opt.solve import checked
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from grace_opt.readout import SCOPES
-from grace_opt.service.tables import State
+from grace_opt.compression.readout import SCOPES
+from grace_opt.service.db.tables import State
 from grace_opt.solution import BoundKind, Limit, Status
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="sha256, 64 hexadecimal digits")]
@@ -112,7 +112,7 @@ class Registration(Body):
 
 
 class SummaryRow(BaseModel):
-    """A solver of a run at one ratio; see `grace_opt.compare.summarise`."""
+    """A solver of a run at one ratio; see `grace_opt.compare.compare.summarise`."""
 
     bundle: Digest
     ratio: float

@@ -11,10 +11,10 @@ import numpy as np
 
 from grace_opt.problem import BoolArray, SubsetProblem
 from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing
-from grace_solvers.dual import Root, root
-from grace_solvers.exchange import iterated_tabu, nearest
-from grace_solvers.opening import CUT_AT, opening
-from grace_solvers.tree import CLOSED, EMPTY, NODES, OPEN, VALUE, Pool, branch, grown, new_pool, push
+from grace_solvers.parts.dual import Root, root
+from grace_solvers.parts.exchange import iterated_tabu, nearest
+from grace_solvers.parts.incumbent import CUT_AT, opening
+from grace_solvers.parts.tree import CLOSED, EMPTY, NODES, OPEN, VALUE, Pool, branch, grown, new_pool, push
 
 _CHUNK = 1 << 20  # entries of W between two looks at the clock: 64 nodes of 128 channels, some 5 ms
 _MOST_BYTES = 1 << 30  # of open nodes; beyond, the search goes depth first
@@ -24,7 +24,7 @@ _MOST_BYTES = 1 << 30  # of open nodes; beyond, the search goes depth first
 class BranchAndBoundSolver:
     """The optimum, proven; cut short by a limit, the incumbent and the best bound so far.
 
-    Greedy and tabu search give the incumbent. The root (`grace_solvers.dual`) shifts the diagonal so that the
+    Greedy and tabu search give the incumbent. The root (`grace_solvers.parts.dual`) shifts the diagonal so that the
     objective is convex and its minimum over the box as high as possible (QCR: Billionnet, Elloumi and Plateau, DAM
     157, 2009), and decides all nodes that reduced costs decide. The tree is searched best bound first: pairwise
     Frank-Wolfe bounds that start from the parent's point, reduced costs at every node, branching on the largest

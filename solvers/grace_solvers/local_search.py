@@ -12,11 +12,11 @@ import numpy as np
 
 from grace_opt.problem import BoolArray, SubsetProblem
 from grace_opt.solution import Capabilities, Limit, Limits, RawResult
-from grace_solvers.convex import convex_bound, convexified
-from grace_solvers.core import core_of
-from grace_solvers.dual import diagonal_shift
-from grace_solvers.exchange import iterated_tabu, nearest, starts
-from grace_solvers.ready import ready
+from grace_solvers.parts.convex import convex_bound, convexified
+from grace_solvers.parts.dual import diagonal_shift
+from grace_solvers.parts.exchange import iterated_tabu, nearest, starts
+from grace_solvers.parts.undecided import core_of
+from grace_solvers.parts.warmup import ready
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import numpy as np
 
 from grace_opt.problem import BoolArray, FloatArray, SubsetProblem
 from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing
-from grace_solvers.convex import convex_bound, convexified, knapsack
-from grace_solvers.dual import Root, root
-from grace_solvers.exchange import iterated_tabu, nearest
-from grace_solvers.opening import opening
+from grace_solvers.parts.convex import convex_bound, convexified, knapsack
+from grace_solvers.parts.dual import Root, root
+from grace_solvers.parts.exchange import iterated_tabu, nearest
+from grace_solvers.parts.incumbent import opening
 
 _TABU_ROUNDS = 10
 _MOST_NODES_CP_SAT = 40  # CP-SAT proves what it says, and needs 0.3 s at most up to here; beyond, SCIP is much faster
@@ -36,7 +36,7 @@ class _Answer(NamedTuple):
 class MIQPSolver:
     """The optimum by OR-Tools' solvers: an independent check of ours.
 
-    Greedy and tabu search give the incumbent, the root (`grace_solvers.dual`) a convex form (QCR: Billionnet, Elloumi
+    Greedy and tabu search give the incumbent, the root (`parts.dual`) a convex form (QCR: Billionnet, Elloumi
     and Plateau, DAM 157, 2009), a proven bound, and the nodes that reduced costs decide. The k nodes that are left go
     to a back end, with the incumbent as a hint:
 

@@ -13,11 +13,11 @@ from scipy.linalg import eigh
 
 from grace_opt.problem import BoolArray, FloatArray, IntArray, SubsetProblem
 from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing
-from grace_solvers.convex import complement_basis, compress, convex_bound, convexified, expand
-from grace_solvers.core import Core
-from grace_solvers.dual import diagonal_shift, root, scaling
-from grace_solvers.exchange import iterated_tabu, nearest
-from grace_solvers.opening import TABU_ROUNDS, opening
+from grace_solvers.parts.convex import complement_basis, compress, convex_bound, convexified, expand
+from grace_solvers.parts.dual import diagonal_shift, root, scaling
+from grace_solvers.parts.exchange import iterated_tabu, nearest
+from grace_solvers.parts.incumbent import TABU_ROUNDS, opening
+from grace_solvers.parts.undecided import Core
 
 _SAMPLES = 32
 _PRECISION = 1e-4
@@ -29,7 +29,7 @@ _PATTERNS = np.array([[1.0, 1.0, 1.0], [1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1
 class SDPSolver:
     """The semidefinite relaxation {X >= xx', diag X = x, X1 = m x}, rounded, then exchange moves.
 
-    Nodes that a cheap diagonal shift decides are decided first (`grace_solvers.dual.root`), so that badly scaled heads
+    Nodes that a cheap diagonal shift decides are decided first (`parts.dual.root`), so that badly scaled heads
     become well scaled. The dual of the rest, in the coordinates D^-1/2 and reduced to the face {Y : Y (-t, sizes) = 0},
     y = 2x - 1, is a linear matrix inequality in k + 1 variables and has interior points: CVXPY gives it to SCS
     (O'Donoghue, Chu, Parikh and Boyd, JOTA 169, 2016) or Clarabel, and its matrix multiplier is Y. ``cuts`` adds
@@ -38,7 +38,7 @@ class SDPSolver:
     Williamson, J. ACM 42, 1995) cut to the count.
 
     A heuristic with a proven bound. No figure of the conic solver is used: its multipliers are made a safe shift and
-    the minimum of the convex quadratic is bounded from below in floating point (`grace_solvers.convex`; rounding of at
+    the minimum of the convex quadratic is bounded from below in floating point (`parts.convex`; rounding of at
     most 1e-12 times the sum of |W_ij| over the prunable channels). If the conic solver fails, what the cheap shift
     proves comes back, with a warning. For every symmetric W, with protected channels and tied groups of any sizes.
     O(k^3) an iteration with SCS, O(k^6) with Clarabel. Deterministic for a seed, unless a time limit ends it.

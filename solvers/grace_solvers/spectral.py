@@ -13,11 +13,11 @@ from scipy.optimize import OptimizeResult, brentq, minimize
 
 from grace_opt.problem import BoolArray, FloatArray, SubsetProblem
 from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing
-from grace_solvers.convex import EPSILON, complement_basis, compress
-from grace_solvers.core import Core
-from grace_solvers.dual import root, scaling
-from grace_solvers.exchange import iterated_tabu, nearest
-from grace_solvers.opening import TABU_ROUNDS, opening
+from grace_solvers.parts.convex import EPSILON, complement_basis, compress
+from grace_solvers.parts.dual import root, scaling
+from grace_solvers.parts.exchange import iterated_tabu, nearest
+from grace_solvers.parts.incumbent import TABU_ROUNDS, opening
+from grace_solvers.parts.undecided import Core
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SpectralSolver:
 
     A heuristic with a proven bound: u plus the multiplier times d is made a safe shift, and the minimum of the convex
     quadratic over the box, never below that over the sphere, is bounded from below in floating point
-    (`grace_solvers.convex`; rounding of at most 1e-12 times the sum of |W_ij| over the prunable channels). The bound is
+    (`parts.convex`; rounding of at most 1e-12 times the sum of |W_ij| over the prunable channels). The bound is
     never below that of the diagonal shift. For every symmetric W, with protected channels and tied groups of any sizes.
     O(k^3) an iteration. Deterministic for a seed, unless a time limit ends it.
     """

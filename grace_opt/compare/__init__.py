@@ -1,0 +1,1 @@
+"""Solvers against each other on the heads of graph bundles."""

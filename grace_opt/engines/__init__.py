@@ -1,0 +1,1 @@
+"""Where heads are solved: threads, processes that can be killed, Dask."""

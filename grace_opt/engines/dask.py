@@ -1,0 +1,299 @@
+"""Solving on Dask workers: on this machine, or on a cluster that a scheduler's address names (docs/service.md)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from queue import Empty, Queue
+from typing import TYPE_CHECKING, Any, Self
+
+from grace_opt.engines.local import Run, Supervisor, failed, is_batched
+from grace_opt.errors import InputError
+from grace_opt.problem import SubsetProblem
+from grace_opt.solution import Limits, RawResult, Solver
+from grace_opt.solve import versions_of
+
+if TYPE_CHECKING:
+    from distributed import Client, Future, LocalCluster
+
+CHUNK_SECONDS = 0.5  #: of work that is sent at once: a hundred times what sending takes, and little to do again
+LARGEST_CHUNK = 64
+CONNECT_SECONDS = 10.0
+WATCH_SECONDS = 0.5
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Problems that one worker solves in one go. ``labels``, one a problem, are the caller's own."""
+
+    solver: Solver
+    problems: list[SubsetProblem]
+    limits: Limits
+    labels: list[Any]
+
+
+class Cluster:
+    """Dask workers, and what is in flight to them. For one thread, but for `close`. A context, or used after `connect`.
+
+    Solvers run in a process of their own beside each worker's thread (`Supervisor`), which is what
+    enforces time limits and outlives crashes. A worker that dies has its work sent to another one, up to three times
+    (Dask's ``distributed.scheduler.allowed-failures``); what comes back is checked by the front end as ever.
+
+    Args:
+        scheduler: address of a running Dask scheduler, e.g. ``tcp://10.0.0.1:8786``. None: start one in this process,
+            with workers that are processes of this machine and talk TLS over its loopback.
+        workers: how many to start; not for a running scheduler, which has its own.
+
+    """
+
+    def __init__(self, scheduler: str | None = None, workers: int = 1) -> None:
+        if workers < 1:
+            raise InputError(f"workers must be at least 1, got {workers}")
+        self.scheduler, self._workers = scheduler, workers
+        self._local: LocalCluster | None = None
+        self._client: Client | None = None
+        self._flying: dict[Future, Chunk] = {}
+        self._landed: Queue[Future] = Queue()
+        self._unsent: list[Chunk] = []  # for want of a scheduler
+        self._seconds: dict[tuple[str, int], float] = {}  # of a problem, by solver and n; smoothed
+        self.width, self._looked = 1, -1.0  #: worker threads, as last seen
+
+    def __enter__(self) -> Self:
+        self.connect()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what is in flight, and end the workers that this object started."""
+        for closing in (self._client, self._local):
+            if closing is not None:
+                with suppress(Exception):  # a scheduler that is gone is closed
+                    closing.close(timeout=5)
+        self._client = self._local = None
+
+    def room(self) -> int:
+        """How many chunks can be added so that none waits behind another one. At least one worker is assumed."""
+        if time.monotonic() - self._looked > 1.0 and self._client is not None:
+            with suppress(OSError, TimeoutError):
+                self.width = max(1, sum(self._client.nthreads().values()))
+            self._looked = time.monotonic()
+        return self.width - len(self._flying) - len(self._unsent)
+
+    def chunk_size(self, solver: Solver, n: int) -> int:
+        """How many problems of n channels make a chunk of about `CHUNK_SECONDS`."""
+        first = CHUNK_SECONDS / 8 if is_batched(solver) else CHUNK_SECONDS
+        seconds = self._seconds.get((repr(solver), n), first)
+        return max(1, min(LARGEST_CHUNK, int(CHUNK_SECONDS / max(seconds, 1e-9))))
+
+    def add(self, chunk: Chunk) -> None:
+        """Take a chunk, to be sent to a worker.
+
+        Raises:
+            OSError: if the scheduler is gone. The chunk is kept, and `landed` tries again.
+        """
+        self._unsent.append(chunk)
+        self._send()
+
+    def landed(self, timeout: float) -> list[tuple[Chunk, list[tuple[RawResult, int]]]]:
+        """The chunks that came back, with a result and its nanoseconds for each problem; waits for the first one.
+
+        Raises:
+            OSError: if the scheduler is gone; call again later, nothing is lost.
+        """
+        self._send()
+        futures, done = [], []
+        with suppress(Empty):
+            futures.append(self._landed.get(timeout=timeout))
+            while True:
+                futures.append(self._landed.get_nowait())
+        for future in futures:
+            chunk = self._flying.pop(future, None)
+            if chunk is not None:
+                results = self._results(future, chunk)
+                if results is None:
+                    self._unsent.extend(_parts(chunk) if future.status == "error" else [chunk])
+                else:
+                    done.append((chunk, results))
+        return done
+
+    def drop(self, unwanted: Any) -> None:
+        """Forget the chunks in flight of which ``unwanted(chunk)`` is true; what solves them is killed."""
+        self._unsent = [chunk for chunk in self._unsent if not unwanted(chunk)]
+        for future, chunk in list(self._flying.items()):
+            if unwanted(chunk):
+                del self._flying[future]
+                future.cancel()
+
+    def runs(self, solver: Solver, problems: Sequence[SubsetProblem], limits: Limits) -> Generator[Run, None, None]:
+        """The engine of `grace_opt.solve_many`: each problem's run as it is finished.
+
+        Raises InputError if the scheduler is lost.
+        """
+        waiting, left = list(range(len(problems))), len(problems)
+        try:
+            while left:
+                while waiting and self.room() > 0:
+                    size = self.chunk_size(solver, problems[waiting[0]].n)
+                    part, waiting = waiting[:size], waiting[size:]
+                    self.add(Chunk(solver, [problems[index] for index in part], limits, part))
+                for chunk, results in self.landed(1.0):
+                    left -= len(results)
+                    for index, (raw, elapsed) in zip(chunk.labels, results, strict=True):
+                        yield index, raw, elapsed
+        except OSError as error:
+            raise InputError(f"the connection to the Dask scheduler was lost ({error}); run again") from None
+        finally:
+            self.drop(lambda chunk: chunk.solver is solver)
+
+    def _results(self, future: Future, chunk: Chunk) -> list[tuple[RawResult, int]] | None:
+        """What a worker said; None if the chunk is to be sent again."""
+        from distributed import KilledWorker
+
+        if future.status == "finished":
+            results: list[tuple[RawResult, int]] = future.result()
+            key = (repr(chunk.solver), chunk.problems[0].n)
+            mean = sum(elapsed for _, elapsed in results) / len(results) / 1e9
+            self._seconds[key] = 0.7 * self._seconds.get(key, mean) + 0.3 * mean
+            return results
+        if future.status != "error":  # cancelled or lost, with the scheduler
+            return None
+        error = future.exception()
+        if isinstance(error, KilledWorker) and len(chunk.problems) > 1:
+            return None  # one of them may be at fault
+        return [(failed(error or RuntimeError("no result")), 0)] * len(chunk.problems)
+
+    def _send(self) -> None:
+        try:
+            self.connect()
+        except InputError as error:
+            raise OSError(str(error)) from None
+        assert self._client is not None
+        while self._unsent:
+            chunk = self._unsent[0]
+            future = self._client.submit(
+                solve_chunk,
+                chunk.solver,
+                chunk.problems,
+                chunk.limits,
+                versions_of(chunk.solver.capabilities.requires),
+                pure=False,
+            )
+            del self._unsent[0]
+            self._flying[future] = chunk
+            future.add_done_callback(self._landed.put)
+
+    def connect(self) -> None:
+        """Start the workers, or find the scheduler again; nothing if that is done.
+
+        Raises:
+            InputError: if the scheduler does not answer, or runs another Python or grace-opt.
+        """
+        if self._client is not None and self._client.status == "running":
+            return
+        self._unsent = [*self._flying.values(), *self._unsent]  # what was in flight is lost with the scheduler
+        self._flying = {}
+        self.close()
+        import dask
+        from distributed import Client, LocalCluster, Security
+
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters of it, we say
+        dask.config.set(
+            {
+                "distributed.worker.daemon": False,
+                "distributed.worker.http.routes": [],
+                "distributed.scheduler.http.routes": [],
+                "distributed.comm.timeouts.connect": CONNECT_SECONDS,
+            }
+        )
+        if self.scheduler is None:
+            security = Security.temporary()
+            self._local = LocalCluster(
+                n_workers=self._workers,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                protocol="tls",
+                security=security,
+                dashboard_address="127.0.0.1:0",  # None would listen everywhere; without routes it says nothing
+                worker_dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
+            )
+            self._client = Client(self._local, set_as_default=False)
+            return
+        try:
+            self._client = Client(self.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+            theirs = self._client.run_on_scheduler(_own_versions)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise InputError(
+                f"no Dask scheduler answers at {self.scheduler} ({error or 'timeout'}); start one with dask scheduler"
+            ) from None
+        except ModuleNotFoundError:
+            theirs = {"grace-opt": "not installed"}
+        _require_same("scheduler", self.scheduler, theirs)
+
+
+def _parts(chunk: Chunk) -> list[Chunk]:
+    """A chunk for each of its problems."""
+    return [
+        Chunk(chunk.solver, [problem], chunk.limits, [label])
+        for problem, label in zip(chunk.problems, chunk.labels, strict=True)
+    ]
+
+
+def solve_chunk(
+    solver: Solver, problems: Sequence[SubsetProblem], limits: Limits, versions: Mapping[str, str]
+) -> list[tuple[RawResult, int]]:
+    """A worker's task. Raises InputError if its packages are not those of who sent it."""
+    _require_same("worker", os.uname().nodename, versions_of(solver.capabilities.requires), versions)
+    if not hasattr(_supervisors, "own") or _supervisors.own.stopped:
+        _supervisors.own = Supervisor()
+    supervisor: Supervisor = _supervisors.own
+    with _stopped_if_dropped(supervisor):
+        return supervisor.solve(solver, problems, limits)
+
+
+_supervisors = threading.local()
+
+
+@contextmanager
+def _stopped_if_dropped(supervisor: Supervisor) -> Iterator[None]:
+    """Kill the solver's process when nobody wants the result of this task any more; Dask itself lets tasks run on."""
+    from distributed import get_worker
+
+    worker, ended = get_worker(), threading.Event()
+    key = worker.get_current_task()
+
+    def watch() -> None:
+        while not ended.wait(WATCH_SECONDS):
+            task = worker.state.tasks.get(key)
+            if task is None or task.state == "cancelled":
+                supervisor.stop()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _own_versions() -> dict[str, str]:
+    return versions_of(())
+
+
+def _require_same(what: str, where: str, theirs: Mapping[str, str], ours: Mapping[str, str] | None = None) -> None:
+    """Raise InputError unless the versions are the same; of Python the first two numbers count."""
+    for name, version in (ours or versions_of(())).items():
+        other = theirs.get(name, "not installed")
+        parts = 2 if name == "python" else None
+        if version.split(".")[:parts] != other.split(".")[:parts]:
+            raise InputError(
+                f"the {what} at {where} has {name} {other} and this process {version}; install the same on both"
+            )

@@ -1,0 +1,179 @@
+"""The whole path on a real model in one call: calibrate, solve, apply, generate, beside ThinK and GRACE."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grace_opt.compression.budget import Budget, Sharing, problems_of
+from grace_opt.compression.mask import KVMask, mask_from_solutions, save_mask
+from grace_opt.errors import InputError
+from grace_opt.files import write_json
+from grace_opt.graphs import save_bundle
+from grace_opt.graphs.calibrate import Calibration, calibrate
+from grace_opt.models.load import load_model
+from grace_opt.models.texts import DEFAULT_TEXT, read_pieces, token_windows
+from grace_opt.registry import create
+from grace_opt.reports.kept_channels import kept_channels
+from grace_opt.solve import solve_many
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+    from transformers import PreTrainedModel
+
+    from grace_opt.runtime.generate import Forced
+
+# Calibrated on the language reference, tried on other prose that every CPython carries: how its modules say they work.
+_PROMPT_MODULES = (
+    "statistics",
+    "argparse",
+    "copy",
+    "http.cookies",
+    "heapq",
+    "urllib.parse",
+    "doctest",
+    "typing",
+    "random",
+    "pdb",
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured (one record a cache, the full one first) and the picture it drew."""
+
+    records: list[dict[str, Any]]
+    picture: Path
+
+    def table(self) -> Table:
+        """The one table."""
+        from rich import box
+        from rich.table import Table
+
+        first = self.records[0]
+        title = f"{first['model']}, {first['prompt_tokens']} prompt tokens, {first['new_tokens']} new ones"
+        table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+        for name in ("cache", "keys kept", "cache bytes", "KL/token", "agree", "prefill", "per token"):
+            table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
+        for record in self.records:
+            table.add_row(
+                str(record["cache"]),
+                f"{record['kept_channels']:g} of {record['head_dim']}",
+                f"{record['cache_bytes'] / 1e6:.1f} MB ({record['cache_bytes'] / first['cache_bytes']:.0%})",
+                f"{record['kl']:.4f}",
+                f"{record['agree']} of {record['new_tokens']}",
+                f"{record['prefill_seconds']:.1f} s",
+                f"{record['decode_seconds'] / record['new_tokens'] * 1e3:.0f} ms",
+            )
+        return table
+
+
+def run(
+    model_name: str,
+    folder: Path,
+    *,
+    ratio: float = 0.5,
+    solver: str = "greedy",
+    context: int = 1024,
+    new_tokens: int = 64,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> DemoResult:
+    """Calibrate ``model_name``, solve at ``ratio``, generate from a long prompt with the full and with pruned caches.
+
+    ``think`` and ``grace`` choose their channels from the prompt, as they do; ``grace-opt`` is the calibrated mask, a
+    budget shared over heads, with a read-out fitted to the prompt. All run on the same kind of cache and decode
+    greedily (``text`` and the times). Then each is fed the full cache's tokens, so that ``kl`` (nats, mean over the new
+    tokens) and ``agree`` (how often it would have chosen the same token) compare like with like. Leaves
+    graphs.safetensors, mask/, kept-channels.png and demo.json in ``folder``.
+    """
+    import torch
+
+    from grace_opt.runtime.generate import check_context, forced, kl_per_token
+
+    if new_tokens < 1 or not 0 < ratio < 1:
+        raise InputError(f"the demo needs a new token and a ratio between 0 and 1, got {new_tokens} and {ratio}")
+    runner = create(solver)
+    progress(f"load {model_name}", 0, 1)
+    model, tokenizer = load_model(model_name)
+    check_context(model, context, new_tokens)
+    bundle = calibrate(
+        model,
+        tokenizer,
+        read_pieces(None),
+        Calibration(),
+        model_name=model_name,
+        text_name=DEFAULT_TEXT,
+        progress=lambda done, total: progress("calibrate, tokens", done, total),
+    )
+    save_bundle(bundle, folder / "graphs.safetensors")
+    solutions = solve_many(problems_of(bundle, Budget(ratio), Sharing(), protect=False), runner)
+    mask = mask_from_solutions(bundle, solutions, readout="prefill")
+    save_mask(mask, folder / "mask")
+    picture = folder / "kept-channels.png"
+    kept_channels(mask, picture, f"{model_name}: key channels kept at ratio {ratio:g} by {solver}")
+
+    pieces = [inspect.getdoc(importlib.import_module(name)) or "" for name in _PROMPT_MODULES]
+    prompt = torch.tensor([next(token_windows(pieces, tokenizer, context, context))], device=model.device)
+
+    def decode(tokens: torch.Tensor | int, used: KVMask | None, what: str) -> tuple[Forced, torch.Tensor]:
+        return forced(model, prompt, tokens, used, lambda done: progress(what, done, new_tokens))
+
+    reference, reference_tokens = decode(new_tokens, None, "generate, full cache")
+    masks = {"full": None, **_prompt_masks(model, model_name, prompt[0].tolist(), ratio), "grace-opt": mask}
+    records = []
+    for name, used in masks.items():
+        free, judged, tokens = reference, reference, reference_tokens
+        if used is not None:
+            free, tokens = decode(new_tokens, used, f"generate, {name}")
+            judged, _ = decode(reference_tokens, used, f"{name}, the full one's tokens")
+        records.append(
+            {
+                "model": model_name,
+                "cache": name,
+                "ratio": 0.0 if used is None else ratio,
+                "solver": solver if used is mask else None,
+                "kept_channels": mask.head_dim if used is None else mean_width(used),
+                "head_dim": mask.head_dim,
+                "prompt_tokens": prompt.shape[1],
+                "new_tokens": new_tokens,
+                "cache_bytes": free.cache_bytes,
+                "kl": float(kl_per_token(reference.logits, judged.logits).mean()),
+                "agree": int((judged.logits.argmax(-1) == reference_tokens).sum()),
+                "prefill_seconds": free.prefill_seconds,
+                "decode_seconds": free.decode_seconds,
+                "text": tokenizer.decode(tokens),
+            }
+        )
+    write_json(folder / "demo.json", {"records": records})
+    return DemoResult(records, picture)
+
+
+def _prompt_masks(model: PreTrainedModel, model_name: str, ids: list[int], ratio: float) -> dict[str, KVMask]:
+    """The masks that ThinK and GRACE choose from a prompt."""
+    from grace_opt.compression.method import METHODS, compress
+    from grace_opt.evaluate.prefill import prefill
+
+    state = prefill(model, ids, len(ids), max(METHODS[name].observation_window for name in ("think", "grace")))
+    masks = {}
+    for name in ("think", "grace"):
+        policy = METHODS[name]
+        seen = state.observed(policy.observation_window, policy.recent_window, policy.sinks)
+        heads = {i: maps.heads["key"] for i, maps in compress(policy, seen, Budget(ratio)).layers.items()}
+        keep = {i: tuple(head.encode.numpy().astype(np.int32) for head in each) for i, each in heads.items()}
+        first = next(iter(seen.values())).keys
+        masks[name] = KVMask(
+            model_name, first.shape[0], first.shape[2], keep, recent_window=policy.recent_window, sinks=policy.sinks
+        )
+    return masks
+
+
+def mean_width(mask: KVMask) -> float:
+    """Key channels that the average head keeps."""
+    return float(np.mean([len(kept) for heads in mask.key_keep.values() for kept in heads]))

@@ -1,0 +1,1 @@
+"""Models: loading them, their configuration, watching their attention, texts for them."""

@@ -1,0 +1,94 @@
+"""Every failure of the API is a problem+json body (RFC 9457) that says what to do."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+
+from grace_opt.errors import InputError
+from grace_opt.service.db.store import QueueFullError
+from grace_opt.service.schemas import Problem
+
+RETRY_SECONDS = 5
+
+
+class RefusedError(Exception):
+    """A request that is answered with a problem.
+
+    Args:
+        status: HTTP status code.
+        detail: a sentence that names the thing and the cure.
+        headers: of the answer.
+    """
+
+    def __init__(self, status: int, detail: str, **headers: str) -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+    """The body of a problem."""
+    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail).model_dump()
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: the problems that a route may answer with."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": content}
+        for status in sorted({401, 403, 429, 503, *statuses})
+    }
+
+
+def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None]) -> None:
+    """Make problems of all exceptions that leave a route; ``as_page`` may make a page of one."""
+
+    def answer(request: Request, status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+        return as_page(request, status, detail) or problem(status, detail, headers)
+
+    @app.exception_handler(RefusedError)
+    def refused(request: Request, error: RefusedError) -> Response:
+        return answer(request, error.status, error.detail, error.headers)
+
+    @app.exception_handler(InputError)
+    def bad_input(request: Request, error: InputError) -> Response:
+        return answer(request, 422, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return answer(request, 422, f"{where}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    def http(request: Request, error: HTTPException) -> Response:
+        return answer(request, error.status_code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(QueueFullError)
+    def full(request: Request, error: QueueFullError) -> Response:
+        detail = f"{error.args[0]} runs are unfinished, which is as many as this service takes; try again later"
+        return answer(request, 429, detail, {"Retry-After": str(RETRY_SECONDS)})
+
+    @app.exception_handler(SQLAlchemyError)
+    def storage(request: Request, error: SQLAlchemyError) -> Response:
+        if "full" in str(getattr(error, "orig", "")).lower():
+            return answer(request, 507, "the service's disk is full; free some space there, nothing was changed")
+        detail = "the service's database cannot be reached at the moment; try again"
+        return answer(request, 503, detail, {"Retry-After": str(RETRY_SECONDS)})
+
+    @app.exception_handler(OSError)
+    def disk(request: Request, error: OSError) -> Response:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return answer(request, 507, "the service's disk is full; free some space there, nothing was changed")
+        detail = f"the service cannot read or write its files ({error.strerror}); see its data folder"
+        return answer(request, 503, detail, {"Retry-After": str(RETRY_SECONDS)})

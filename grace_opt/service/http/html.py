@@ -1,0 +1,259 @@
+"""The pages: HTML made here, drawn by the scripts of the offline report and a few lines of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qs, quote
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from grace_opt.compare.compare import summarise, with_references
+from grace_opt.reports.report import page_sections, report_data
+from grace_opt.service.db.store import Row
+from grace_opt.service.db.tables import UNFINISHED, State
+from grace_opt.service.http.access import COOKIE, SCOPES, Caller, needs
+from grace_opt.service.http.api import Here, LimitQuery, OffsetQuery, Read, RunId, existing, solver_table
+from grace_opt.service.http.failures import RefusedError
+from grace_opt.service.http.state import Service
+from grace_opt.service.runner import bundle_of
+
+router = APIRouter(include_in_schema=False)
+
+PICTURES_OF_RUN = ("summary", "distance", "profile", "map", "kept", "time", "records")
+PICTURES_OF_HEAD = ("graph", "incumbent", "time", "records")
+
+Reader = Annotated[Caller, Depends(needs("read"))]
+
+templates = Environment(
+    loader=PackageLoader("grace_opt", "service/http/templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+templates.filters["percent"] = lambda value: "\N{EN DASH}" if value is None else f"{100 * value:.4g} %"
+templates.filters["path"] = lambda text: quote(text, safe="")
+
+
+def html(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
+    """A page of a template."""
+    service: Service = request.app.state.service
+    page = templates.get_template(name).render(**values, with_keys=service.access.required, here=request.url.path)
+    return HTMLResponse(page, status)
+
+
+def trouble(request: Request, status: int, detail: str) -> Response | None:
+    """A failure as a page, for who reads pages; None for who reads JSON."""
+    path = request.url.path
+    if path.startswith("/api") or "text/html" not in request.headers.get("accept", ""):
+        return None
+    if status == 401:
+        return RedirectResponse(f"/login?next={quote(path)}", 303)
+    return html(request, "trouble.html", status, detail=detail)
+
+
+@router.get("/")
+def runs_page(
+    request: Request,
+    service: Here,
+    caller: Reader,
+    state: Annotated[State | None, Query()] = None,
+    limit: LimitQuery = 25,
+    offset: OffsetQuery = 0,
+) -> Response:
+    """The runs, and a form for a new one."""
+    rows, total = service.store.runs(limit, offset, [state] if state else ())
+    bundles = service.store.bundles(200, 0)[0]
+    names = {bundle["digest"]: bundle for bundle in bundles}
+    for row in rows:
+        row["of"] = names.get(row["bundle"]) or service.store.bundle(row["bundle"])
+    return html(
+        request,
+        "runs.html",
+        runs=rows,
+        total=total,
+        limit=limit,
+        offset=offset,
+        state=state,
+        states=list(State),
+        bundles=bundles,
+        solvers=solver_table(),
+        may_submit=SCOPES.index(caller.scope) >= SCOPES.index("submit"),
+    )
+
+
+@router.get("/runs/{run}")
+def run_page(request: Request, run: RunId, service: Here, caller: Reader) -> Response:
+    """A run: facts, masks, and the pictures and tables of a comparison's report."""
+    row = existing(service, run)
+    return html(
+        request,
+        "run.html",
+        run=row,
+        bundle=service.store.bundle(row["bundle"]),
+        masks=service.store.masks(run),
+        unfinished=row["state"] in UNFINISHED,
+        sections=Markup(page_sections(*PICTURES_OF_RUN)),
+        may_submit=SCOPES.index(caller.scope) >= SCOPES.index("submit"),
+    )
+
+
+@router.get("/runs/{run}/report.json")
+def run_report(run: RunId, service: Here, _: Read) -> Response:
+    """What the run's page draws; pictures of single heads are on their own pages."""
+    row = existing(service, run)
+    if row["state"] in UNFINISHED:
+        return Response(_run_report(service, run), media_type="application/json")
+    return Response(_kept_report(service, run), media_type="application/json")
+
+
+@lru_cache(maxsize=32)
+def _kept_report(service: Service, run: int) -> bytes:
+    return _run_report(service, run)
+
+
+def _run_report(service: Service, run: int) -> bytes:
+    records = _referenced(service.store.records(run)[0])
+    return _drawn(run, records, summarise(records), {}, 0) if records else b'{"sets": []}'
+
+
+@router.get("/runs/{run}/heads/{problem}")
+def head_page(
+    request: Request, run: RunId, problem: str, service: Here, _: Read, ratio: Annotated[float | None, Query()] = None
+) -> Response:
+    """A head of a run: its channel graph, incumbent and bound over time, records."""
+    row = existing(service, run)
+    records = [json.loads(body) for body in service.store.records(run, problem=problem)[0]]
+    ratios = sorted({record["ratio"] for record in records})
+    if not records or (ratio is not None and ratio not in ratios):
+        raise RefusedError(404, f"run {run} has no record of a head {problem!r}{'' if ratio is None else ' there'}")
+    return html(
+        request,
+        "head.html",
+        run=row,
+        problem=problem,
+        ratios=ratios,
+        ratio=ratios[0] if ratio is None else ratio,
+        sections=Markup(page_sections(*PICTURES_OF_HEAD)),
+    )
+
+
+@router.get("/runs/{run}/heads/{problem}/report.json")
+def head_report(run: RunId, problem: str, ratio: float, service: Here, _: Read) -> Response:
+    """What a head's page draws."""
+    row = existing(service, run)
+    records = _referenced(service.store.records(run, problem=problem, ratio=ratio)[0])
+    if not records:
+        raise RefusedError(404, f"run {run} has no record of a head {problem!r} at ratio {ratio}")
+    graphs = bundle_of(service.store, row["bundle"])
+    made = graphs.problems(ratio, protect=row["request"]["config"]["protect"])
+    found = {(row["bundle"], each.name): each for each in made if each.name == problem}
+    return Response(_drawn(run, records, summarise(records), found, 1), media_type="application/json")
+
+
+@router.get("/compare")
+def compare_page(
+    request: Request, service: Here, _: Read, run: Annotated[list[RunId] | None, Query(max_length=8)] = None
+) -> Response:
+    """Runs side by side, and two masks' kept channels."""
+    rows = [existing(service, each) for each in dict.fromkeys(run or [])]
+    masks = [mask for row in rows for mask in service.store.masks(row["id"])]
+    complete = service.store.runs(100, 0, [State.COMPLETE])[0]
+    return html(request, "compare.html", runs=rows, masks=masks, complete=complete)
+
+
+@router.get("/compare/channels.json")
+def compared_channels(
+    service: Here, _: Read, left: Annotated[str, Query(max_length=200)], right: Annotated[str, Query(max_length=200)]
+) -> Response:
+    """What two selections of all heads prune; each is named RUN:RATIO:SOLVER."""
+    sides = [_selection(service, each) for each in (left, right)]
+    heads = [head for head in sides[0] if head in sides[1]]
+    return JSONResponse({"heads": heads, "pruned": [[side[head] for head in heads] for side in sides]})
+
+
+def _selection(service: Service, name: str) -> dict[str, list[int] | None]:
+    run, _, rest = name.partition(":")
+    ratio, _, solver = rest.partition(":")
+    try:
+        bodies = service.store.records(existing(service, int(run))["id"], ratio=float(ratio), solver=solver)[0]
+    except (ValueError, OverflowError):
+        raise RefusedError(422, f"a selection is named RUN:RATIO:SOLVER, not {name!r}") from None
+    return {record["problem"]: record["pruned"] for record in map(json.loads, bodies)}
+
+
+@router.get("/solvers")
+def solvers_page(request: Request, _: Read) -> Response:
+    """The solvers, what each guarantees and takes."""
+    return html(request, "solvers.html", solvers=solver_table())
+
+
+@router.get("/login")
+def login_page(request: Request, next: str = "/") -> Response:
+    """The form for an API key."""
+    return html(request, "login.html", next=next, detail=None)
+
+
+@router.post("/login")
+async def log_in(request: Request, service: Here) -> Response:
+    """Check the key, and let the browser keep it where no script can read it."""
+    fields = parse_qs((await request.body()).decode("utf-8", "replace"))
+    key, target = fields.get("key", [""])[0].strip(), fields.get("next", ["/"])[0]
+    if not target.startswith("/") or target.startswith(("//", "/\\")):
+        target = "/"
+    try:
+        await service.access.check(request, key)
+    except RefusedError as error:
+        return html(request, "login.html", error.status, next=target, detail=error.detail)
+    answer = RedirectResponse(target, 303)
+    secure = request.url.scheme == "https"
+    answer.set_cookie(COOKIE, key, max_age=30 * 86400, httponly=True, samesite="strict", secure=secure)
+    return answer
+
+
+@router.post("/logout")
+def log_out() -> Response:
+    """Forget the key."""
+    answer = RedirectResponse("/login", 303)
+    answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    return answer
+
+
+@router.get("/static/plotly.min.js")
+def plotly() -> Response:
+    """Plotly's script, out of its own package."""
+    import plotly  # type: ignore[import-untyped]
+
+    path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    return FileResponse(path, media_type="text/javascript", headers={"Cache-Control": "public, max-age=86400"})
+
+
+def mount_parts(app: FastAPI) -> None:
+    """Serve what the offline report is made of, too."""
+    from importlib.resources import files
+
+    from fastapi.staticfiles import StaticFiles
+
+    app.mount("/static/report", StaticFiles(directory=str(files("grace_opt") / "reports" / "assets")))
+    app.mount("/static", StaticFiles(directory=str(files("grace_opt") / "service" / "http" / "static")))
+
+
+def _referenced(bodies: Sequence[str]) -> list[Row]:
+    """Records with their references, which those of a run that is not complete do not have yet."""
+    records = [json.loads(body) for body in bodies]
+    if all("best_known" in record for record in records):
+        return records
+    return with_references(records, records, {})
+
+
+def _drawn(run: int, records: Sequence[Row], summary: Sequence[Row], problems: Any, shown: int) -> bytes:
+    drawn = report_data(records, summary, problems, {"bundles": {}, "limits": {}}, shown)
+    drawn["head_pages"] = f"/runs/{run}/heads/"
+    return json.dumps(drawn, allow_nan=False, separators=(",", ":")).encode()

@@ -1,0 +1,132 @@
+"""What all routes share: the store, the cluster, the runner, who may do what."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grace_opt.compare.compare import summarise, with_references
+from grace_opt.engines.dask import Cluster
+from grace_opt.errors import InputError
+from grace_opt.files import file_sha256
+from grace_opt.graphs import load_bundle
+from grace_opt.service.db.store import Row, Store
+from grace_opt.service.http.access import Access
+from grace_opt.service.http.page_cache import KeptPages
+from grace_opt.service.runner import Runner
+
+HEADER_LIMIT = 16 << 20  #: bytes of a safetensors file's own header
+
+
+class Service:
+    """One running service.
+
+    Args:
+        store: opened, and alone.
+        cluster: where to solve.
+        keys_required: whether each request needs an API key.
+        upload_limit: bytes of a bundle.
+        queue_limit: unfinished runs.
+        requests_per_second: of each API key.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        cluster: Cluster,
+        *,
+        keys_required: bool = False,
+        upload_limit: int = 1 << 30,
+        queue_limit: int = 100,
+        requests_per_second: float = 100.0,
+    ) -> None:
+        self.store, self.cluster = store, cluster
+        self.upload_limit, self.queue_limit = upload_limit, queue_limit
+        self.access = Access(store, keys_required, requests_per_second)
+        self.runner = Runner(store, cluster)
+        self.kept = KeptPages()
+
+    def start(self) -> None:
+        """Go on with what is unfinished."""
+        self.runner.start()
+
+    def stop(self) -> None:
+        """Stop working; what is unfinished stays so, in the store."""
+        self.runner.stop()
+        self.cluster.close()
+        self.store.close()
+
+    def temporary(self) -> Path:
+        """A path for a file that is being received, on the same file system as the blobs."""
+        return self.store.folder / "tmp" / secrets.token_hex(16)
+
+    def register(self, path: Path) -> Row:
+        """Take a copy of a bundle's file."""
+        temporary = self.temporary()
+        try:
+            shutil.copyfile(path, temporary)
+            return self.adopt_bundle(temporary, file_sha256(temporary), path.name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def adopt_bundle(self, temporary: Path, digest: str, name: str) -> Row:
+        """Check a file and make it a bundle of the store. Raises InputError if it is not a sound one."""
+        known = self.store.bundle(digest)
+        if known is not None and self.store.blob(digest).is_file():
+            return known
+        _check_header(temporary)
+        try:
+            bundle = load_bundle(temporary)
+            bundle.problems(0.0)  # finds NaN and asymmetry
+        except InputError as error:
+            raise InputError(str(error).replace(str(temporary), "the file")) from None
+        self.store.adopt(temporary, digest)
+        nbytes = self.store.blob(digest).stat().st_size
+        return self.store.add_bundle(digest, name, nbytes, len(bundle.heads), bundle.metadata)
+
+    def compared(self, runs: Sequence[Row]) -> dict[str, Any]:
+        """The runs, their summaries one below the other, and how they differ on the heads that all of them have."""
+        found = [[json.loads(body) for body in self.store.records(run["id"])[0]] for run in runs]
+        known = [record for records in found for record in records]
+        found = [with_references(records, known, {}) for records in found]  # the best that any of the runs knows
+        tables = [{(r["ratio"], r["solver"], r["problem"]): r for r in records} for records in found]
+        shared = [key for key in tables[0] if all(key in table for table in tables[1:])]
+        differences = []
+        for key in shared:
+            records = [table[key] for table in tables]
+            pruned = [set(record["pruned"]) for record in records if record["pruned"] is not None]
+            common = len(set.intersection(*pruned)) if len(pruned) == len(records) else None
+            differences.append(
+                {
+                    "ratio": key[0],
+                    "solver": key[1],
+                    "problem": key[2],
+                    "prune": [record["prune"] for record in records],
+                    "objective": [record["objective"] for record in records],
+                    "pruned_by_all": common,
+                }
+            )
+        summary = [
+            {"run": run["id"], **row} for run, records in zip(runs, found, strict=True) for row in summarise(records)
+        ]
+        return {"runs": list(runs), "summary": summary, "differences": differences}
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a file whose header would take much memory to read, before it is read."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    size = path.stat().st_size
+    if len(start) < 8:
+        raise InputError("the file is truncated or not a safetensors file; make or fetch it again")
+    length = struct.unpack("<Q", start)[0]
+    if length > min(HEADER_LIMIT, size - 8):
+        raise InputError(
+            f"the file says that its header has {length} bytes, of {size} in all and {HEADER_LIMIT} allowed; "
+            "it is truncated or not a safetensors file"
+        )
