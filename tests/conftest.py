@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.support import DATA
+
 # Before anything imports Triton: the kernel's tests interpret it. TRITON_INTERPRET=0 runs them on a card.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # tests run against the wheel from any folder: find reference.py
 
 # The same examples each time, so that a red run means a change; `make test-all` looks for new ones.
 settings.register_profile("repeat", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=500, deadline=None)
 settings.load_profile("repeat")
-
-DATA = Path(__file__).parent / "data"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,7 +50,7 @@ def real_heads(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """The URL of a PostgreSQL server."""
-    from serving import Postgres, pg_ctl, skip_without_postgres
+    from tests.support.serving import Postgres, pg_ctl, skip_without_postgres
 
     given = os.environ.get("GRACE_OPT_TEST_POSTGRES")
     if given:
@@ -71,6 +69,6 @@ def storage(request: pytest.FixtureRequest) -> str | None:
     """A database of its own for a test: SQLite in the data folder (None), and PostgreSQL."""
     if request.param == "sqlite":
         return None
-    from serving import new_database
+    from tests.support.serving import new_database
 
     return new_database(request.getfixturevalue("postgres_server"))

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from grace_opt import BoundKind, Limits, Status, SubsetProblem, registry, solve
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent
 CLI, EXAMPLE = ROOT / "docs" / "generate_cli.py", ROOT / "docs" / "adding-a-solver.md"
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.is_file()]
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import greedy_by_objective, use_zero_channel_attention
 from transformers import DynamicCache
 
 import grace_opt.runtime
 from grace_opt import Calibration, GraphBundle, calibrate, load_mask, mask_from_solutions, save_mask, solve_many
 from grace_opt.models.texts import read_pieces
 from grace_opt.runtime.generate import forced, kl_per_token
+from tests.support.reference import greedy_by_objective, use_zero_channel_attention
 
 pytestmark = pytest.mark.model
 

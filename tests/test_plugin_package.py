@@ -22,7 +22,9 @@ from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parent.parent / "docs" / "adding-a-solver.md"
+from tests.support import ROOT
+
+DOCS = ROOT / "docs" / "adding-a-solver.md"
 
 SMALL_PACKAGE = {
     "pyproject.toml": """

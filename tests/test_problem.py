@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import gram_weights, problems
 
 from grace_opt import InputError, SubsetProblem
 from grace_opt.problem import prune_count
+from tests.support.strategies import gram_weights, problems
 
 
 @given(problems(), st.integers(0, 2**32 - 1))

@@ -1,0 +1,292 @@
+"""Methods against independent implementations, mask for mask, and budgets by their bytes."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grace_opt import InputError, KVMask, SubsetProblem
+from grace_opt.compression.budget import Budget, Sharing, allot
+from grace_opt.compression.headmaps import channel_map
+from grace_opt.compression.method import METHODS, compress, compress_by_mask, method
+from grace_opt.compression.readout import Readout, fit, moments, squared_error
+from grace_opt.evaluate.prefill import Prefill, prefill
+from grace_opt.evaluate.run import held_bytes
+from grace_opt.graphs.observed import Observed
+from tests.support.observed import LAYERS, observed_layers
+
+
+def kept(compression: Any, kind: Any = "key") -> dict[int, list[list[int]]]:
+    return {i: [head.encode.tolist() for head in each.heads[kind]] for i, each in compression.layers.items()}
+
+
+# ---------------------------------------------------------------- independent implementations
+
+
+def think_reference(seen: Observed, ratio: float) -> list[list[int]]:
+    """ThinK as its authors' code has it: mean q^2 over the last queries and the group, times mean k^2 over all keys."""
+    heads, _, n = seen.keys.shape
+    result = []
+    for head in range(heads):
+        group = seen.queries.shape[0] // heads
+        asked = np.zeros(n)
+        for g in range(head * group, (head + 1) * group):
+            asked += (seen.queries[g].double().numpy() ** 2).mean(0) / group
+        score = asked * (seen.keys[head].double().numpy() ** 2).mean(0)
+        dropped = sorted(range(n), key=lambda channel: (score[channel], channel))[: int(n * ratio)]
+        result.append([channel for channel in range(n) if channel not in dropped])
+    return result
+
+
+def grace_reference(seen: Observed, ratio: float, a: float = 0.05, b: float = 0.20) -> list[list[int]]:
+    """GRACE by its text: protect salient channels, then prune the channel that adds least to the logits' error."""
+    heads, _, n = seen.keys.shape
+    group = seen.queries.shape[0] // heads
+    result = []
+    for head in range(heads):
+        K = seen.keys[head].double().numpy()
+        Q = np.concatenate([seen.queries[g].double().numpy() for g in range(head * group, (head + 1) * group)])
+        norms = [math.sqrt(float((K[:, channel] ** 2).sum())) for channel in range(n)]
+        salient = sum(norm > np.mean(norms) + np.std(norms) for norm in norms) / n
+        protect = int(min(max(salient, a), b) * n + 1e-9)
+        protected = sorted(range(n), key=lambda channel: (-norms[channel], channel))[:protect]
+        pruned: list[int] = []
+        while len(pruned) < min(math.ceil(ratio * n), n - protect):
+
+            def error(channel: int, so_far: list[int] = pruned, Q: Any = Q, K: Any = K) -> float:
+                gone = [*so_far, channel]
+                return float(((Q[:, gone] @ K[:, gone].T) ** 2).sum())
+
+            pruned.append(min((c for c in range(n) if c not in pruned and c not in protected), key=error))
+        result.append([channel for channel in range(n) if channel not in pruned])
+    return result
+
+
+@given(seed=st.integers(0, 10_000), ratio=st.sampled_from([0.1, 0.3, 0.5, 0.6, 0.8]))
+@settings(max_examples=15)
+def test_think_and_grace_equal_independent_implementations_mask_for_mask(seed: int, ratio: float) -> None:
+    layers = observed_layers(seed)
+    for name, reference in (("think", think_reference), ("grace", grace_reference)):
+        ours = kept(compress(METHODS[name], layers, Budget(ratio)))
+        assert ours == {i: reference(seen, ratio) for i, seen in layers.items()}, name
+
+
+@pytest.mark.model
+def test_think_and_grace_on_the_real_model(smollm2: tuple[Any, Any]) -> None:
+    model, tokenizer = smollm2
+    state = prefill(model, real_ids(tokenizer, 400), 390, 32)
+    layers = {i: seen for i, seen in state.observed(32, 32, 4).items() if i in (0, 7, 29)}
+    for name, reference in (("think", think_reference), ("grace", grace_reference)):
+        ours = kept(compress(METHODS[name], layers, Budget(0.6)))
+        assert ours == {i: reference(seen, 0.6) for i, seen in layers.items()}, name
+
+
+def test_think_scores_values_by_what_attention_returns() -> None:
+    layers = observed_layers(3)
+    ours = kept(compress(METHODS["think"], layers, Budget(0, 0.5)), "value")
+    for i, seen in layers.items():
+        heads, tokens, _n = seen.keys.shape
+        group, width = seen.queries.shape[0] // heads, seen.queries.shape[1]
+        for head in range(heads):
+            score = np.zeros(seen.values.shape[2])
+            for g in range(head * group, (head + 1) * group):
+                logits = seen.queries[g].double() @ seen.keys[head].double().mT * seen.scaling
+                future = torch.arange(tokens) > torch.arange(tokens - width, tokens)[:, None]
+                returned = logits.masked_fill(future, -torch.inf).softmax(-1) @ seen.values[head].double()
+                score += (returned.numpy() ** 2).sum(0)
+            assert ours[i][head] == sorted(np.argsort(score)[len(score) // 2 :].tolist())
+
+
+# ---------------------------------------------------------------- budgets
+
+
+def test_ratios_prune_what_they_say() -> None:
+    layers = observed_layers(0)
+    n = LAYERS["n"]
+    for name, count in (("think", math.floor(0.55 * n)), ("grace", math.ceil(0.55 * n)), ("svd", math.floor(0.55 * n))):
+        widths = compress(METHODS[name], layers, Budget(0.55)).widths("key")
+        assert {width for heads in widths.values() for width in heads} == {n - count}, name
+    widths = compress(METHODS["grace-opt"], layers, Budget(0.55)).widths("key")
+    heads = [width for each in widths.values() for width in each]
+    assert sum(heads) == len(heads) * n - math.floor(0.55 * n * len(heads))
+    assert min(heads) >= METHODS["grace-opt"].floor
+    assert len(set(heads)) > 1  # it does share
+
+
+def test_align_and_floor_hold_for_every_head() -> None:
+    layers = observed_layers(0)
+    policy = method("grace-opt", {"align": 4, "floor": 8})
+    widths = [w for heads in compress(policy, layers, Budget(0.3)).widths("key").values() for w in heads]
+    assert all(w % 4 == 0 and w >= 8 for w in widths)
+    assert sum(widths) == len(widths) * LAYERS["n"] - 28  # floor(.3 of 96), a multiple of 4
+    with pytest.raises(InputError, match="lower the floor"):
+        compress(policy, layers, Budget(0.8))
+    with pytest.raises(InputError, match="change align"):
+        compress(method("grace-opt", {"align": 5}), layers, Budget(0.3))
+
+
+@pytest.mark.parametrize("name", ["grace-opt", "think", "kq-svd"])
+def test_a_budget_in_bytes_is_kept_and_shared_between_keys_and_values(name: str) -> None:
+    layers = observed_layers(1)
+    heads, element = LAYERS["heads"] * len(layers), 4
+    full = heads * element * (LAYERS["n"] + LAYERS["nv"])
+    compression = compress(METHODS[name], layers, Budget(bytes_per_token=0.6 * full))
+    held = sum(element * width for kind in ("key", "value") for w in compression.widths(kind).values() for width in w)
+    assert 0.5 * full < held <= 0.6 * full
+    with pytest.raises(InputError, match="below the floors: .* take at least 192 of 672, and 1 is asked"):
+        compress(method("grace-opt"), layers, Budget(bytes_per_token=1))
+
+
+def test_a_uniform_budget_in_bytes_counts_what_stays_whole() -> None:
+    layers = observed_layers(1)
+    whole = LAYERS["heads"] * len(layers) * 4 * (LAYERS["n"] + LAYERS["nv"])
+    problems = {
+        "key": [SubsetProblem(np.eye(16), 0, name=f"layers.{i}.kv_heads.{h}.key") for i in layers for h in (0, 1)]
+    }
+    sharing = Sharing(budget="uniform")
+    costs: Any = {"key": 4.0, "value": 4.0}
+    keys_only = allot(problems, Budget(bytes_per_token=0.7 * whole), sharing, queries=1, costs=costs, whole=whole)
+    assert set(keys_only["key"]) == {9}  # ceil(.3 of 28 channels)
+    with pytest.raises(InputError, match="takes at least 312 of 672 bytes if every head prunes the same"):
+        allot(problems, Budget(bytes_per_token=0.4 * whole), sharing, queries=1, costs=costs, whole=whole)
+
+
+def test_bytes_of_integers_are_shared_by_what_they_save() -> None:
+    layers = observed_layers(1)
+    policy = method("grace-opt", {"key_bits": 3, "value_bits": 2})
+    heads = LAYERS["heads"] * len(layers)
+    full = heads * (LAYERS["n"] * 4 / 8 + LAYERS["nv"] * 3 / 8)
+    compression = compress(policy, layers, Budget(bytes_per_token=0.7 * full))
+    keys, values = (sum(w for each in compression.widths(kind).values() for w in each) for kind in ("key", "value"))
+    assert 0.7 * full - 2 < keys * 4 / 8 + values * 3 / 8 <= 0.7 * full
+
+
+def test_more_to_prune_never_widens_a_head() -> None:
+    layers = observed_layers(5)
+    budgets = [Budget(ratio) for ratio in (0.2, 0.4, 0.6, 0.7)]
+    widths = [compress(METHODS["grace-opt"], layers, budget).widths("key") for budget in budgets]
+    for wide, narrow in pairwise(widths):
+        assert all(a >= b for i in wide for a, b in zip(wide[i], narrow[i], strict=True))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
+def test_ratios_outside_their_range_are_refused(ratio: float) -> None:
+    with pytest.raises(InputError, match="ratio must be at least 0 and below 1"):
+        Budget(ratio)
+    with pytest.raises(InputError, match="ratio must be at least 0 and below 1"):
+        Budget(0.5, ratio)
+
+
+# ---------------------------------------------------------------- policies
+
+
+def test_overrides_are_parsed_checked_and_named() -> None:
+    policy = method("think", {"recent_window": "128", "protection": "none", "mixing": "0.5"})
+    assert (policy.recent_window, policy.protection, policy.mixing) == (128, None, 0.5)
+    assert method("grace-opt", {"key_bits": "4"}).key_bits == 4
+    for name, overrides, words in (
+        ("thnik", {}, "did you mean 'think'"),
+        ("think", {"recent_windw": 3}, "did you mean 'recent_window'"),
+        ("think", {"recent_window": "many"}, "option 'recent_window'"),
+        ("think", {"sinks": -1}, "method .think.: sinks must not be negative"),
+        ("grace-opt", {"spans": 0}, "spans must be at least 1"),
+        ("svd", {"key_bits": "4"}, "bits are for kept channels"),
+        ("grace-opt", {"mixing": 2}, "from 0 to 1"),
+        ("grace-opt", {"observation_window": 0}, "at least 1"),
+        ("grace-opt", {"key_bits": 5}, "key_bits"),
+    ):
+        with pytest.raises(InputError, match=words):
+            method(name, overrides)
+
+
+def test_a_masks_channels_are_kept_and_its_layers_must_exist() -> None:
+    layers = observed_layers(2)
+    keep = tuple(np.array([1, 3, 5], np.int32) for _ in range(LAYERS["heads"]))
+    mask = KVMask("m", LAYERS["heads"], LAYERS["n"], {1: keep}, recent_window=3, sinks=2)
+    compression = compress_by_mask(METHODS["grace-opt"], layers, mask)
+    assert list(compression.layers) == [1]
+    assert "value" not in compression.layers[1].heads
+    assert all(head.encode.tolist() == [1, 3, 5] for head in compression.layers[1].heads["key"])
+    with pytest.raises(InputError, match="layer 7"):
+        compress_by_mask(METHODS["grace-opt"], layers, KVMask("m", LAYERS["heads"], LAYERS["n"], {7: keep}))
+
+
+def test_streaming_holds_as_many_bytes_as_pruning() -> None:
+    layers = observed_layers(0)
+    compression = compress(METHODS["streaming"], layers, Budget(0.5, 0.5))
+    old = layers[0].prunable
+    assert compression.recent_window == 32 + round(0.5 * (old.stop - old.start))
+    assert all(each.hidden for each in compression.layers.values())
+
+
+def test_heads_that_nothing_attends_to_still_get_a_mask() -> None:
+    layers = observed_layers(4)
+    silent = {
+        i: Observed(seen.queries * 0, seen.keys * 0, seen.values * 0, 0.4, 2, 3, seen.output)
+        for i, seen in layers.items()
+    }
+    for name in ("think", "grace", "grace-opt", "kq-svd"):
+        compression = compress(METHODS[name], silent, Budget(0.5, 0.5))
+        for each in compression.layers.values():
+            assert all(
+                torch.isfinite(head.decode).all() and torch.isfinite(head.constant).all() for head in each.heads["key"]
+            )
+
+
+def real_ids(tokenizer: Any, count: int) -> list[int]:
+    from pydoc_data.topics import topics
+
+    return list(tokenizer(" ".join(topics[name] for name in sorted(topics)[:20]))["input_ids"][:count])
+
+
+@pytest.mark.model
+def test_bytes_are_what_the_real_cache_would_hold(smollm2: tuple[Any, Any]) -> None:
+    model, tokenizer = smollm2
+    state: Prefill = prefill(model, real_ids(tokenizer, 410), 400, 32)
+    layers = state.observed(32, 32, 4)
+    full = held_bytes(state, None)
+    assert full == 30 * 3 * 2 * 64 * 4
+    compression = compress(METHODS["think"], layers, Budget(0.5))
+    old = 400 - 32 - 4
+    indices = 30 * 3 * 32 * 4
+    assert held_bytes(state, compression) * 400 == pytest.approx(400 * full - old * 30 * 3 * 32 * 4 + indices)
+    read_outs = 30 * 3 * 32 * 33 * 4
+    uniform = method("grace-opt", {"budget": "uniform"})
+    assert held_bytes(state, compress(uniform, layers, Budget(0.5))) * 400 == pytest.approx(
+        400 * full - old * 30 * 3 * 32 * 4 + indices + read_outs
+    )
+
+
+def test_protected_channels_count_as_kept_and_too_many_pruned_are_refused() -> None:
+    protected, W = np.arange(16) < 3, np.diag(np.arange(1.0, 17))
+    problems: Any = {"key": [SubsetProblem(W, 0, protected, name=f"layers.0.kv_heads.{h}.key") for h in (0, 1)]}
+    costs: Any = {"key": 1.0, "value": 1.0}
+    counts = allot(problems, Budget(0.75), Sharing(floor=4), queries=1, costs=costs, whole=64.0)["key"]
+    assert counts == [12, 12]
+    with pytest.raises(InputError, match="cannot prune 15 of 16 channels"):
+        compress(METHODS["grace"], observed_layers(0), Budget(0.95))
+
+
+def test_a_ridge_of_zero_is_least_squares() -> None:
+    rng = np.random.default_rng(0)
+    kept = rng.normal(size=(50, 3))
+    tokens = torch.as_tensor(np.concatenate([kept, kept @ rng.normal(size=(3, 3))], 1)[None])
+    about = moments(tokens, None, 0.0)[0]
+    keep = np.arange(3)
+    assert squared_error(about, keep, fit(about, keep, ridge=0.0)) < 1e-20
+    singular = moments(torch.zeros(1, 5, 4), None, 0.0)[0]
+    assert not fit(singular, np.arange(2), ridge=0.0).matrix.any()
+
+
+def test_read_outs_are_charged_for_what_they_hold() -> None:
+    zeros, ones = np.zeros((8, 8)), np.ones(8)
+    for readout, numbers in ((None, 0), (Readout(ones, zeros), 8), (Readout(ones, zeros + 1), 72)):
+        assert channel_map(np.arange(8), 16, readout, "cpu").parameter_bytes(2) == 32 + 2 * numbers
+    assert channel_map(np.arange(16), 16, None, "cpu").parameter_bytes(2) == 0

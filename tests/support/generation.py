@@ -1,0 +1,103 @@
+"""Random masks for tiny models, and generation with a pruned cache beside the reference."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+import grace_opt.runtime
+from grace_opt import KVMask
+from grace_opt.runtime.cache import PrunedCache
+from tests.support.reference import use_zero_channel_attention
+
+
+def random_mask(
+    model: Any,
+    kept: int | None,
+    *,
+    recent_window: int,
+    sinks: int,
+    seed: int = 0,
+    readout: str = "none",
+    ragged: bool = False,
+    values: int | None = None,
+) -> KVMask:
+    """A mask of ``kept`` random key channels (and ``values`` value channels) in every full-attention layer of a tiny
+    model; a static read-out is random.
+
+    ``ragged``: one channel more for every second head.
+    """
+    rng = np.random.default_rng(seed)
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    keeps: dict[str, dict[int, Any]] = {"k": {}, "v": {}}
+    for letter, count in (("k", kept), ("v", values)):
+        for layer, kind in enumerate(types if count is not None else []):
+            if kind == "full_attention":
+                keeps[letter][layer] = tuple(
+                    np.sort(rng.choice(dim, count + (ragged and head % 2), replace=False)).astype(np.int32)
+                    for head in range(heads)
+                )
+    extra = {}
+    for letter, keep in keeps.items():
+        for layer, head in product(keep if readout == "static" else (), range(heads)):
+            name = f"layers.{layer}.{letter}.kv_heads.{head}.readout"
+            width = len(keep[layer][head])
+            extra[f"{name}.matrix"] = 0.3 * rng.normal(size=(dim - width, width)).astype(np.float32)
+            extra[f"{name}.constant"] = rng.normal(size=dim - width).astype(np.float32)
+    return KVMask(
+        "tiny",
+        heads,
+        dim,
+        keeps["k"],
+        keeps["v"],
+        num_hidden_layers=config.num_hidden_layers,
+        recent_window=recent_window,
+        sinks=sinks,
+        readout_scope=readout,
+        extra=extra,
+    )
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows of 21 tokens, two of them padded on the left."""
+    ids = torch.randint(3, 99, (3, 21), generator=torch.Generator().manual_seed(1))
+    attended = torch.ones_like(ids)
+    attended[0, :7] = 0
+    attended[2, :2] = 0
+    return ids, attended
+
+
+def run(model: Any, past: Any, new_tokens: int = 24, **more: Any) -> Any:
+    ids, attended = prompts()
+    return model.generate(
+        ids,
+        attention_mask=attended,
+        past_key_values=past,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **more,
+    )
+
+
+def assert_same(pruned: Any, reference: Any) -> None:
+    assert torch.equal(pruned.sequences, reference.sequences)
+    for ours, theirs in zip(pruned.logits, reference.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def compare(model: Any, mask: KVMask, options: dict[str, Any] | None = None, **more: Any) -> PrunedCache:
+    past = grace_opt.runtime.cache(mask, model, **(options or {}))
+    pruned = run(model, past, **more)
+    use_zero_channel_attention(model, mask)
+    assert_same(pruned, run(model, None, **more))
+    return past

@@ -1,0 +1,90 @@
+"""A service in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from grace_opt.engines.dask import Chunk, Cluster
+from grace_opt.engines.local import run_one
+from grace_opt.service.db.store import Store
+from grace_opt.service.http.app import create_app
+from grace_opt.service.http.state import Service
+from tests.support import DATA
+from tests.support.serving import live
+
+HEADS = DATA / "heads-smollm2-135m.safetensors"
+CONTENT = HEADS.read_bytes()
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+OCTETS = {"Content-Type": "application/octet-stream"}
+
+
+class HereCluster(Cluster):
+    """Solves in this process, when asked for what has landed; ``gate`` closed, nothing lands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.chunks: list[Chunk] = []
+
+    def connect(self) -> None:
+        pass
+
+    def room(self) -> int:
+        return 2 - len(self.chunks)
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+
+    def drop(self, unwanted: Callable[[Chunk], bool]) -> None:
+        self.chunks = [chunk for chunk in self.chunks if not unwanted(chunk)]
+
+    def landed(self, timeout: float) -> list[Any]:
+        if not self.gate.wait(timeout) or not self.chunks:
+            return []
+        chunk = self.chunks.pop(0)
+        return [(chunk, [run_one(chunk.solver, problem, chunk.limits) for problem in chunk.problems])]
+
+
+class Setting:
+    """A service in this process, with a client of its own."""
+
+    def __init__(self, folder: Path, storage: str | None, **options: Any) -> None:
+        self.store = Store(folder / "data", storage)
+        self.store.open()
+        self.cluster = HereCluster()
+        self.service = Service(self.store, self.cluster, **options)
+        hosts = None if options.get("keys_required") else ("127.0.0.1",)
+        self.app = create_app(self.service, hosts=hosts)
+
+    def __enter__(self) -> Setting:
+        self._live = live(self.app)
+        self.url = self._live.__enter__()
+        self.http = httpx.Client(base_url=self.url)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.http.close()
+        self._live.__exit__(None, None, None)
+
+    def upload(self, content: bytes = CONTENT, **query: Any) -> Any:
+        return self.http.post("/api/bundles", params=query, content=content, headers=OCTETS)
+
+    def submit(self, headers: dict[str, str] | None = None, **changes: Any) -> Any:
+        body = {"bundle": DIGEST, "solvers": [{"solver": "greedy"}], "ratios": [0.5], **changes}
+        return self.http.post("/api/runs", json=body, headers=headers)
+
+    def wait(self, run: int) -> Any:
+        for _ in range(300):
+            found = self.http.get(f"/api/runs/{run}").json()
+            if found["state"] not in ("queued", "running"):
+                return found
+            time.sleep(0.05)
+        raise AssertionError(found)
