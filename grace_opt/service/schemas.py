@@ -1,4 +1,4 @@
-"""Bodies of the API. A field that a record has bears its name."""
+"""Bodies of the API. A field that a record has bears its name; records themselves are in `grace_opt.records`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from grace_opt.compression.readout import SCOPES
+from grace_opt.records import SHA256, Record
 from grace_opt.service.db.tables import State
-from grace_opt.solution import BoundKind, Limit, Status
 
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="sha256, 64 hexadecimal digits")]
+Digest = Annotated[str, Field(pattern=SHA256, description="sha256, 64 hexadecimal digits")]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  #: PostgreSQL holds no NUL
 Option = Text | int | float | bool | None
 Scope = Literal["read", "submit", "admin"]
@@ -145,53 +145,6 @@ class Run(BaseModel):
     started: str | None
     ended: str | None
     summary: list[SummaryRow] = Field(description="a row for each ratio and solver, once complete")
-
-
-class TimingNs(BaseModel):
-    """Nanoseconds of wall-clock time."""
-
-    build: int
-    solve: int
-    round: int
-    total: int
-
-
-class Record(BaseModel):
-    """What one solver said of one head; the last five fields are there once the run is complete."""
-
-    bundle: Digest
-    ratio: float
-    problem: str = Field(examples=["layers.3.kv_heads.1.key"])
-    pruned: list[int] | None
-    digest: Digest = Field(description="of the problem")
-    n: int
-    prune: int
-    solver: str
-    solver_version: str
-    status: Status
-    limit: Limit
-    raw_status: str
-    objective: float | None
-    lower_bound: float | None
-    bound_kind: BoundKind
-    gap: float | None
-    nodes: int
-    iterations: int
-    timing_ns: TimingNs
-    seed: int
-    threads: int
-    options: dict[str, Any]
-    warnings: list[str]
-    versions: dict[str, str]
-    trace: list[tuple[float | None, float | None, float | None]] = Field(
-        description="seconds, objective and lower bound whenever one of the two improved"
-    )
-    limits: dict[str, Any]
-    best_known: float | None = None
-    over_best: float | None = None
-    best_bound: float | None = None
-    best_bound_solver: str | None = None
-    reference_gap: float | None = None
 
 
 class Mask(BaseModel):

@@ -32,8 +32,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from grace_opt import records as declared
 from grace_opt.compare.compare import now
 from grace_opt.errors import InputError
+from grace_opt.records import budget_name, names
 from grace_opt.service.db.tables import UNFINISHED, ApiKey, Bundle, Mask, Record, Run, State, Table
 
 Row = dict[str, Any]
@@ -49,6 +51,7 @@ SORTS = {
     "over_best": Record.over_best,
     "time": Record.time_ns,
 }
+RECORDED = tuple(name for name in names(declared.Record) if name in Record.__table__.columns)
 DIGESTS_AT_ONCE = 500  #: SQLite allows 32,766 variables
 
 
@@ -296,7 +299,9 @@ class Store:
                 connection.execute(self._insert_new(Record, rows[at : at + DIGESTS_AT_ONCE]))
             connection.execute(delete(Mask).where(Mask.run == run))
             if masks:
-                connection.execute(self._insert_new(Mask, [{"run": run, **mask} for mask in masks]))
+                connection.execute(
+                    self._insert_new(Mask, [{"run": run, "budget": budget_name(mask), **mask} for mask in masks])
+                )
         return True
 
     def records(
@@ -329,7 +334,7 @@ class Store:
     def masks(self, run: int) -> list[Row]:
         """The masks of a run, by ratio and solver."""
         with self.engine.connect() as connection:
-            query = select(Mask.__table__).where(Mask.run == run).order_by(Mask.ratio, Mask.solver)
+            query = select(Mask.__table__).where(Mask.run == run).order_by(Mask.ratio, Mask.budget_bytes, Mask.solver)
             return [dict(row._mapping) for row in connection.execute(query)]
 
     def mask(self, digest: str) -> Row | None:
@@ -398,13 +403,11 @@ def recipe(record: Row) -> str:
 
 
 def _columns(run: int, record: Row) -> Row:
-    names = ("problem", "ratio", "solver", "digest", "status", "limit", "objective", "gap")
     return {
         "run": run,
-        **{name: record[name] for name in names},
+        **{name: record.get(name) for name in RECORDED},
+        "budget": budget_name(record),
         "recipe": recipe(record),
-        "reference_gap": record.get("reference_gap"),
-        "over_best": record.get("over_best"),
         "time_ns": record["timing_ns"]["total"],
         "body": json.dumps(record, allow_nan=False, default=str, separators=(",", ":")),
     }

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+BUDGET_LENGTH = 60  #: of `grace_opt.records.budget_name`: two numbers of at most 24 characters
 Identity = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows itself only for INTEGER
 
 
@@ -65,11 +66,14 @@ class Run(Table):
 
 
 class Record(Table):
-    """One head, ratio and solver of a run. ``body`` is the record as JSON; columns are for filters and sorting."""
+    """One head, budget and solver of a run. ``body`` is the record as JSON; columns are for filters and sorting.
+
+    ``budget`` is the name of the three fields after it, since NULLs are never equal to each other.
+    """
 
     __tablename__ = "records"
     __table_args__ = (
-        UniqueConstraint("run", "ratio", "solver", "problem", name="records_once"),
+        UniqueConstraint("run", "budget", "solver", "problem", name="records_once"),
         Index("records_gap", "run", "gap"),
         Index("records_reference_gap", "run", "reference_gap"),
         Index("records_time", "run", "time_ns"),
@@ -81,7 +85,10 @@ class Record(Table):
     id: Mapped[int] = mapped_column(Identity, primary_key=True)
     run: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
     problem: Mapped[str] = mapped_column(String(200))
-    ratio: Mapped[float]
+    budget: Mapped[str] = mapped_column(String(BUDGET_LENGTH))
+    ratio: Mapped[float | None]
+    value_ratio: Mapped[float | None]
+    budget_bytes: Mapped[float | None]
     solver: Mapped[str] = mapped_column(String(100))
     digest: Mapped[str] = mapped_column(String(64))
     recipe: Mapped[str] = mapped_column(String(64))  #: sha256 of options, limits, seed and threads
@@ -96,12 +103,15 @@ class Record(Table):
 
 
 class Mask(Table):
-    """The mask of one solver of a run at one ratio; its two files are blobs."""
+    """The mask of one solver of a run at one budget; its two files are blobs."""
 
     __tablename__ = "masks"
 
     run: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
-    ratio: Mapped[float] = mapped_column(primary_key=True)
+    budget: Mapped[str] = mapped_column(String(BUDGET_LENGTH), primary_key=True)
+    ratio: Mapped[float | None]
+    value_ratio: Mapped[float | None]
+    budget_bytes: Mapped[float | None]
     solver: Mapped[str] = mapped_column(String(100), primary_key=True)
     digest: Mapped[str] = mapped_column(String(64), index=True)  #: sha256 of kv_mask.json, which has the other's
     tensors: Mapped[str] = mapped_column(String(64))  #: sha256 of kv_mask.safetensors

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from sqlalchemy import text
 
 from grace_opt import InputError, load_bundle, solve_many
 from grace_opt.compare.compare import limits_of
 from grace_opt.service.db.store import QueueFullError, Store, opened, recipe
-from grace_opt.service.db.tables import State, Table
+from grace_opt.service.db.tables import State
 from grace_opt.solution import Limits, Solution
 from tests.support.serving import DATA
 
@@ -42,11 +40,6 @@ def records() -> list[dict[str, Any]]:
 
 def submitted(store: Store, key: str | None = None) -> int:
     return int(store.submit(REQUEST, 12, 100, None, key)[0]["id"])
-
-
-def test_the_migrations_make_the_tables(store: Store) -> None:
-    with store.engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
 
 
 def test_a_key_submits_once_and_the_queue_is_bounded(store: Store) -> None:
