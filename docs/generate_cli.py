@@ -12,8 +12,8 @@ from typing import Any
 
 import typer
 
-from grace_opt.cli.config import _ONLY, TABLES
-from grace_opt.cli.main import app
+from grace_opt.cli.app import app
+from grace_opt.cli.config import tables_of
 
 PAGE = Path(__file__).parent / "cli.md"
 
@@ -48,8 +48,8 @@ def render() -> str:
     lines += [f"| `{option.opts[0]}` | {option.help} |" for option in group.params]
     for name, command in commands(group.commands).items():
         reads_config = any(parameter.name == "config" for parameter in command.params)
-        own = [table for table in TABLES if reads_config and _ONLY.get(table, name) == name]
-        tables = {key: table for table in own for key in TABLES[table]}
+        read = tables_of(name) if reads_config else {}
+        tables = {key: table for table, keys in read.items() for key in keys}
         arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
         options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
         words = (argument.metavar or argument.name.upper() for argument in arguments)

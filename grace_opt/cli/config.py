@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from grace_opt.errors import InputError
-from grace_opt.registry import nearest
+import typer
+
+from grace_opt.errors import InputError, did_you_mean
 
 # The tables of a config file and the options that each holds, by the names of the command line (with _ for -).
+# tests/cli/test_config.py checks that they are the commands' options, all of those that the environment can set.
 TABLES: dict[str, tuple[str, ...]] = {
     "model": ("model", "dtype", "device"),
     "calibration": (
@@ -29,7 +31,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     ),
     "method": (
         *("ratio", "value_ratio", "budget_bytes", "budget", "floor", "align", "readout", "protect"),
-        *("method", "method_option"),
+        *("method", "method_option", "key_bits", "value_bits"),
     ),
     "evaluation": (
         "text",
@@ -62,8 +64,13 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 
 
-# Tables that only one command reads: a mask's window is not set by the table that is about calibration.
-_ONLY = {"calibration": "calibrate", "generation": "generate", "evaluation": "evaluate"}
+# Tables that few commands read: a mask's window is not set by the table that is about calibration.
+ONLY = {"calibration": ("calibrate",), "generation": ("generate", "demo"), "evaluation": ("evaluate",)}
+
+
+def tables_of(command: str) -> dict[str, tuple[str, ...]]:
+    """The tables that a command reads, with their options."""
+    return {table: options for table, options in TABLES.items() if command in ONLY.get(table, (command,))}
 
 
 def read_config(path: str | Path, command: str) -> dict[str, Any]:
@@ -80,12 +87,35 @@ def read_config(path: str | Path, command: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for table, values in tables.items():
         if table not in TABLES or not isinstance(values, dict):
-            raise InputError(f"the config file {path} has no table [{table}] to read{nearest(table, TABLES)}")
+            raise InputError(f"the config file {path} has no table [{table}] to read{did_you_mean(table, TABLES)}")
         for key, value in values.items():
             if key not in TABLES[table]:
-                raise InputError(f"the config file {path} sets {table}.{key}{nearest(key, TABLES[table])}")
-            if _ONLY.get(table, command) == command:
+                raise InputError(f"the config file {path} sets {table}.{key}{did_you_mean(key, TABLES[table])}")
+            if table in tables_of(command):
                 options[key] = value
+    return options
+
+
+def config_callback(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Make a config file's values the defaults of the command at hand."""
+    if path is not None:
+        options = read_config(path, ctx.info_name or "")
+        for parameter in ctx.command.params:  # one value will do for an option that may be repeated
+            value = options.get(parameter.name or "")
+            if getattr(parameter, "multiple", False) and value is not None and not isinstance(value, list):
+                options[parameter.name or ""] = [value]
+        ctx.default_map = {**(ctx.default_map or {}), **options}
+    return path
+
+
+def own_options(flag: str, pairs: Iterable[str]) -> dict[str, str]:
+    """Option -> value, from the OPTION=VALUE pairs of a flag. Raises InputError."""
+    options = {}
+    for pair in pairs:
+        option, equals, value = pair.partition("=")
+        if not equals or not option:
+            raise InputError(f"{flag} takes NAME=VALUE, got {pair!r}")
+        options[option] = value
     return options
 
 
@@ -98,6 +128,6 @@ def named_options(flag: str, names: Iterable[str], pairs: Iterable[str]) -> dict
         if not (equals and dot and option):
             raise InputError(f"{flag} takes NAME.OPTION=VALUE here, got {pair!r}")
         if name not in options:
-            raise InputError(f"{flag} {pair} is for {name!r}, which is not in this run{nearest(name, options)}")
+            raise InputError(f"{flag} {pair} is for {name!r}, which is not in this run{did_you_mean(name, options)}")
         options[name][option] = value
     return options

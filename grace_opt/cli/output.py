@@ -1,0 +1,60 @@
+"""What commands print: records on stdout, as a table or as JSON; talk on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+def print_records(records: Sequence[Mapping[str, Any]], format: Format, columns: Sequence[str] | None = None) -> None:
+    """Print records: all of them as one JSON object, or a table of ``columns`` (those of the first record)."""
+    if format is Format.JSON:
+        sys.stdout.write(json.dumps({"records": records}, allow_nan=False) + "\n")
+        return
+    from rich.table import Table
+
+    columns = columns or list(records[0])
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name == "solver")
+    for record in records:
+        table.add_row(*(cell(record.get(name)) for name in columns))
+    print_rich(table)
+
+
+def print_rich(renderable: Any) -> None:
+    """Print a table of Rich's on stdout."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120  # a pipe is no reason to fold tables
+    Console(width=width).print(renderable)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def say(message: str) -> None:
+    """Print a sentence on stderr."""
+    print(message, file=sys.stderr)
+
+
+def hush_transformers(quiet: bool) -> None:
+    """No loading bars where nobody watches. Imports transformers: seconds."""
+    if quiet or not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]

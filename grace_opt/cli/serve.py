@@ -1,0 +1,68 @@
+"""grace-opt serve."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from grace_opt.cli.options import ConfigOption, QuietOption, SchedulerOption, StoreOptions, VerboseOption, option
+from grace_opt.cli.output import say
+from grace_opt.cli.provenance import explain
+from grace_opt.errors import InputError
+
+
+def serve(
+    ctx: typer.Context,
+    *,
+    storing: StoreOptions,
+    host: Annotated[str, option("--host", help="Address to listen at; API keys are needed elsewhere than here.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, option("--port", help="Port to listen at.")] = 8080,
+    require_keys: Annotated[
+        bool,
+        option("--require-keys/--no-require-keys", help="Ask for API keys here too, e.g. behind a reverse proxy."),
+    ] = False,
+    workers: Annotated[int | None, option("--workers", help="Worker processes; one a core if left out.")] = None,
+    scheduler: SchedulerOption = None,
+    upload_limit: Annotated[int, option("--upload-limit", help="Bytes of a bundle at most.")] = 1 << 30,
+    queue_limit: Annotated[int, option("--queue-limit", help="Unfinished runs at most.")] = 100,
+    requests_per_second: Annotated[
+        float, option("--requests-per-second", help="Requests a second of each API key.")
+    ] = 100.0,
+    config: ConfigOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the solver service: API, pages, and workers of its own or of a Dask cluster."""
+    explain(ctx, verbose)
+    from grace_opt.engines.dask import Cluster
+    from grace_opt.service.db.store import opened
+    from grace_opt.service.http.access import is_loopback
+    from grace_opt.service.http.app import serve as run
+    from grace_opt.service.http.state import Service
+
+    for name, value in (("upload", upload_limit), ("queue", queue_limit), ("requests", requests_per_second)):
+        if not 0 < value < 1e15:
+            raise InputError(f"the {name} limit must be positive, got {value}")
+    needed = require_keys or not is_loopback(host)
+    with opened(storing.data, storing.storage) as store:
+        if needed and not any(key["scope"] == "admin" for key in store.api_keys()):
+            raise InputError(
+                f"{host} is reached from other machines, so API keys are needed and there is none for an admin; "
+                "make one with grace-opt keys add NAME --scope admin"
+            )
+        service = Service(
+            store,
+            Cluster(scheduler, workers or os.cpu_count() or 1),
+            keys_required=needed,
+            upload_limit=upload_limit,
+            queue_limit=queue_limit,
+            requests_per_second=requests_per_second,
+        )
+        if not quiet:
+            shown = f"[{host}]" if ":" in host else host
+            say(f"grace-opt serves http://{shown}:{port}, data in {store.folder}; Ctrl-C stops it")
+        run(service, host, port)

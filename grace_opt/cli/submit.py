@@ -1,0 +1,61 @@
+"""grace-opt submit."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from grace_opt.cli.config import named_options
+from grace_opt.cli.options import (
+    BundleArgument,
+    LimitOptions,
+    ProtectOption,
+    RatiosOption,
+    ServiceOptions,
+    SolversOption,
+    SolversOptions,
+    Talk,
+    WaitOption,
+    option,
+)
+from grace_opt.cli.provenance import explain
+from grace_opt.cli.status import print_run, waited
+
+
+def submit(
+    ctx: typer.Context,
+    bundle: BundleArgument,
+    ratio: RatiosOption,
+    solver: SolversOption,
+    *,
+    solver_option: SolversOptions = None,
+    name: Annotated[str, typer.Option("--name", help="Of the run, for people.")] = "",
+    protect: ProtectOption = True,
+    readout: Annotated[str, option("--readout", help="Of the masks: prefill, static or none.")] = "prefill",
+    ending: LimitOptions,
+    idempotency_key: Annotated[
+        str | None, typer.Option("--idempotency-key", help="The same key again gives the same run.")
+    ] = None,
+    wait: WaitOption = False,
+    service: ServiceOptions,
+    talk: Talk,
+) -> None:
+    """Give a bundle to a service and have every solver run on every head at every ratio."""
+    explain(ctx, talk.verbose)
+    options = named_options("--solver-option", solver, solver_option or [])
+    with service.client() as client:
+        talk.say(f"uploading {bundle} unless the service has it")
+        run = client.submit(
+            client.upload(bundle).digest,
+            options,
+            ratio,
+            limits=vars(ending),
+            config={"protect": protect, "readout": readout},
+            name=name,
+            idempotency_key=idempotency_key,
+        )
+        talk.say(f"run {run.id}: {run.total} heads to solve; {service.url.rstrip('/')}/runs/{run.id}")
+        if wait:
+            run = waited(client, run, talk.quiet)
+        print_run(client, run, talk.format)
