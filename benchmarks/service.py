@@ -31,6 +31,7 @@ import typer
 from grace_opt import solve_many
 from grace_opt.engines.dask import Cluster
 from grace_opt.graphs import GraphBundle, HeadGraph, load_bundle, save_bundle
+from grace_opt.heads import HeadName
 from grace_opt.service.client import Client
 from grace_opt.service.db.store import opened
 from grace_opt.service.db.tables import State
@@ -163,7 +164,7 @@ def big_run(folder: Path, storage: str | None, count: int) -> int:
         request = store.run(1)["request"]  # type: ignore[index]
         run = int(store.submit(request, count, 10**6, None, None)[0]["id"])
         made = [
-            {**first[i % len(first)], "problem": f"layers.{i // 8}.kv_heads.{i % 8}.key", "gap": i / count}
+            {**first[i % len(first)], "problem": str(HeadName(i // 8, i % 8, "key")), "gap": i / count}
             for i in range(count)
         ]
         store.move(run, State.RUNNING)

@@ -7,17 +7,18 @@ Listing imports no solver; a solver is imported when it is asked for. A built-in
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grace_opt.errors import InputError
+from grace_opt.errors import InputError, did_you_mean
 from grace_opt.solution import Solver
+
+nearest = did_you_mean  # for compression/method.py, until that imports it from errors
 
 ENTRY_POINT_GROUP = "grace_opt.solvers"
 
@@ -111,7 +112,7 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Solver:
     fields = {f.name: f for f in dataclasses.fields(solver_class) if f.init}
     for option in options or {}:
         if option not in fields:
-            raise InputError(f"solver {name!r} has no option {option!r}{nearest(option, fields)}")
+            raise InputError(f"solver {name!r} has no option {option!r}{did_you_mean(option, fields)}")
     # pydantic turns the command line's strings into the field's type and checks choices.
     from pydantic import TypeAdapter, ValidationError
 
@@ -133,14 +134,6 @@ def _missing(name: str, package: str) -> str:
     return f"solver {name!r} needs {package}, which is not installed here; pip install {package}"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: the nearest known name, and what is known."""
-    known = sorted(known)
-    match = difflib.get_close_matches(word, known, n=1)
-    hint = f"; did you mean {match[0]!r}?" if match else ";"
-    return f"{hint} known: {', '.join(known) or 'none'}"
-
-
 def _load(name: str) -> Any:
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].reference.partition(":")
@@ -150,7 +143,7 @@ def _load(name: str) -> Any:
             raise InputError(_missing(name, error.name or str(error))) from error
     plugins = _plugins()
     if name not in plugins:
-        raise InputError(f"unknown solver {name!r}{nearest(name, [*BUILT_IN, *plugins])}")
+        raise InputError(f"unknown solver {name!r}{did_you_mean(name, [*BUILT_IN, *plugins])}")
     point = plugins[name]
     try:
         solver_class = point.load()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from grace_opt.solution import (
     Status,
     relative_gap,
 )
+from grace_opt.versions import version_of_class, versions_of
 
 ROUNDING_SLACK = 1e-12
 
@@ -206,7 +205,7 @@ def _recomputed(problem: SubsetProblem, runner: Solver, limits: Limits, raw: Raw
         iterations=int(raw.iterations),
         timing=dataclasses.replace(raw.timing, total=elapsed),
         solver=runner.name,
-        solver_version=_version_of(type(runner)),
+        solver_version=version_of_class(type(runner)),
         seed=limits.seed,
         threads=limits.threads,
         options=options_of(runner),
@@ -221,30 +220,3 @@ def options_of(runner: Solver) -> dict[str, Any]:
     if not dataclasses.is_dataclass(runner):
         return {}
     return {f.name: getattr(runner, f.name) for f in dataclasses.fields(runner) if f.init}
-
-
-@cache
-def _version_of(solver_class: type) -> str:
-    """The version of the distribution that a solver comes from."""
-    package = solver_class.__module__.partition(".")[0]
-    if package in ("grace_opt", "grace_solvers"):
-        return _distribution_version("grace-opt")
-    names = importlib.metadata.packages_distributions().get(package, [])
-    return _distribution_version(names[0]) if names else "unknown"
-
-
-@cache
-def _distribution_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-@cache
-def versions_of(requires: tuple[str, ...]) -> dict[str, str]:
-    """Versions of Python, grace-opt and what the solver stands on."""
-    versions = {"python": platform.python_version()}
-    for name in ("grace-opt", "numpy", *requires):
-        versions[name] = _distribution_version(name)
-    return versions

@@ -81,7 +81,7 @@ def evaluate(
     from grace_opt.evaluate.run import prompts
     from grace_opt.files import check_writable
     from grace_opt.reports.tables import quality_row
-    from grace_opt.solve import versions_of
+    from grace_opt.versions import versions_of
 
     planned = _planned(method or [], method_option or [], ratio or [], value_ratio, budget_bytes or [], mask or [])
     if output is not None:

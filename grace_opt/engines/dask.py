@@ -16,7 +16,7 @@ from grace_opt.engines.local import Run, Supervisor, failed, is_batched
 from grace_opt.errors import InputError
 from grace_opt.problem import SubsetProblem
 from grace_opt.solution import Limits, RawResult, Solver
-from grace_opt.solve import versions_of
+from grace_opt.versions import versions_of
 
 if TYPE_CHECKING:
     from distributed import Client, Future, LocalCluster

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from grace_opt.errors import InputError
 from grace_opt.files import read_safetensors, replacing, write_safetensors
+from grace_opt.heads import HeadName, Kind
 from grace_opt.problem import BoolArray, FloatArray, IntArray, SubsetProblem, prune_count
 
 FORMAT, VERSION = "grace_opt.graphs", "1"
 
-Kind = Literal["key", "value"]
 _STATISTICS = (
     *("query_gram", "key_gram", "key_mean", "value_gram", "value_mean", "attention_gram", "attention_mean"),
     *("protected", "groups"),
 )
-_TENSOR = re.compile(r"layers\.(\d+)\.kv_heads\.(\d+)\.(key|value)\.(\w+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +47,7 @@ class HeadGraph:
     @property
     def name(self) -> str:
         """The prefix of the head's tensors, and the name of its problem."""
-        return f"layers.{self.layer}.kv_heads.{self.kv_head}.{self.kind}"
+        return str(HeadName(self.layer, self.kv_head, self.kind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,20 +124,20 @@ def load_bundle(path: str | Path) -> GraphBundle:
         raise InputError(
             f"{path} is a graph bundle of version {metadata.get('version')!r}; this grace-opt reads version {VERSION}"
         )
-    found: dict[tuple[int, int, Kind], dict[str, np.ndarray]] = {}
+    found: dict[HeadName, dict[str, np.ndarray]] = {}
     for name, array in tensors.items():
-        match = _TENSOR.fullmatch(name)
-        if match:
-            layer, kv_head, kind, statistic = match.groups()
-            found.setdefault((int(layer), int(kv_head), "key" if kind == "key" else "value"), {})[statistic] = array
-    heads = tuple(_head(*key, found[key], path) for key in sorted(found) if "weights" in found[key])
+        prefix, _, statistic = name.rpartition(".")
+        head = HeadName.match(prefix)
+        if head is not None:
+            found.setdefault(head, {})[statistic] = array
+    heads = tuple(_head(head, found[head], path) for head in sorted(found) if "weights" in found[head])
     if not heads:
         raise InputError(f"{path} holds no graph (no tensor named layers.<i>.kv_heads.<h>.<key|value>.weights)")
     return GraphBundle(heads, metadata)
 
 
-def _head(layer: int, kv_head: int, kind: Kind, tensors: Mapping[str, np.ndarray], path: str | Path) -> HeadGraph:
-    name = f"{path}: layers.{layer}.kv_heads.{kv_head}.{kind}"
+def _head(head: HeadName, tensors: Mapping[str, np.ndarray], path: str | Path) -> HeadGraph:
+    name = f"{path}: {head}"
     weights = tensors["weights"]
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1] or weights.shape[0] == 0:
         raise InputError(f"{name}.weights must be a square matrix, not of shape {weights.shape}")
@@ -154,9 +151,9 @@ def _head(layer: int, kv_head: int, kind: Kind, tensors: Mapping[str, np.ndarray
         return tensors[statistic].astype(np.float64, copy=False) if statistic in tensors else None
 
     return HeadGraph(
-        layer,
-        kv_head,
-        kind,
+        head.layer,
+        head.kv_head,
+        head.kind,
         weights.astype(np.float64, copy=False),
         **{statistic: real(statistic) for statistic in _STATISTICS[:-2]},
         protected=tensors.get("protected"),  # their values are checked when a problem is made of them

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from grace_opt.errors import InputError
+from grace_opt.errors import InputError, did_you_mean
 from grace_opt.graphs import GraphBundle, Protection
 from grace_opt.models.config import config_sha256, text_config
 from grace_opt.models.texts import token_windows
-from grace_opt.registry import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +53,7 @@ class Calibration:
         for name, known in (("objective", OBJECTIVES), ("value_objective", VALUE_OBJECTIVES)):
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise InputError(f"unknown {name} {value!r}{nearest(value, known)}")
+                raise InputError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
         for name in ("tokens", "window", "observation_window", "spans"):
             value = getattr(self, name)
             if value is not None and value < 1:

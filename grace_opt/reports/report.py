@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from grace_opt.files import write_text
+from grace_opt.heads import HeadName
 from grace_opt.problem import SubsetProblem
 from grace_opt.solution import Status, relative_gap
 
@@ -217,8 +218,8 @@ def _set(
 ) -> dict[str, Any]:
     """All that is drawn of one bundle at one ratio."""
     heads = list(dict.fromkeys(record["problem"] for record in records))
-    places = [_place(head) for head in heads]
-    several_kinds = len({kind for _, _, kind in places}) > 1
+    places = [HeadName.parse(head) for head in heads]
+    several_kinds = len({place.kind for place in places}) > 1
     number, solver_number = {head: i for i, head in enumerate(heads)}, {name: i for i, name in enumerate(solvers)}
     rows = [_row(record, number[record["problem"]], solver_number[record["solver"]]) for record in records]
     profiles = {}
@@ -256,8 +257,8 @@ def _set(
         "ratio": ratio,
         "sizes": sorted({(record["n"], record["prune"]) for record in records}),
         "heads": heads,
-        "layers": [layer for layer, _, _ in places],
-        "columns": [f"{head} {kind}" if several_kinds else str(head) for _, head, kind in places],
+        "layers": [place.layer for place in places],
+        "columns": [f"{place.kv_head} {place.kind}" if several_kinds else str(place.kv_head) for place in places],
         "summary": [{key: _short(value) for key, value in row.items()} for row in summary],
         "rows": rows,
         "profiles": profiles,
@@ -310,17 +311,11 @@ def _shown_heads(records: Sequence[Record], count: int) -> list[str]:
 
     layers: dict[int, list[str]] = defaultdict(list)
     for head in by_head:
-        layers[_place(head)[0]].append(head)
+        layers[HeadName.parse(head).layer].append(head)
     worst_of_layers = sorted((max(heads, key=worst) for heads in layers.values()), key=worst, reverse=True)
     chosen = dict.fromkeys([next(iter(by_head)), max(by_head, key=hardness), *worst_of_layers])
     kept = set(list(chosen)[:count])
     return [head for head in by_head if head in kept]
-
-
-def _place(head: str) -> tuple[int, int, str]:
-    """Layer, KV head and kind, from the name that a bundle gives its heads."""
-    _, layer, _, kv_head, kind = head.split(".")
-    return int(layer), int(kv_head), kind
 
 
 def _thinned(points: Sequence[Any]) -> list[Any]:

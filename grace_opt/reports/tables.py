@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from grace_opt.heads import HeadName, Kind
+
 
 def by_layer(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each layer and kind, of the records of solved heads."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[int, Kind], dict[str, Any]] = {}
     for record in records:
-        layer, kind = record["problem"].split(".kv_heads.")[0], record["problem"].rsplit(".", 1)[-1]
-        row = rows.setdefault(f"{layer}.{kind}", {"layer": layer, "kind": kind, "heads": 0, "objective": 0.0})
+        head = HeadName.parse(record["problem"])
+        empty = {"layer": f"layers.{head.layer}", "kind": head.kind, "heads": 0, "objective": 0.0}
+        row = rows.setdefault((head.layer, head.kind), empty)
         row["heads"] += 1
         row["objective"] += record["objective"]
         row["most"] = max(record["prune"], row.get("most", 0))

@@ -17,10 +17,9 @@ from grace_opt.compression.headmaps import KINDS
 from grace_opt.compression.integers import Bits
 from grace_opt.compression.mask import KVMask, load_mask
 from grace_opt.compression.method import METHODS, Method
-from grace_opt.errors import InputError
+from grace_opt.errors import InputError, did_you_mean
 from grace_opt.graphs.bundle import Kind
 from grace_opt.models.config import text_config
-from grace_opt.registry import nearest
 from grace_opt.runtime import attention
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.plan import LayerPlan
@@ -122,7 +121,7 @@ def online_cache(
     """
     policy = METHODS[method] if isinstance(method, str) and method in METHODS else method
     if isinstance(policy, str):
-        raise InputError(f"unknown method {method!r}{nearest(policy, METHODS)}")
+        raise InputError(f"unknown method {method!r}{did_you_mean(policy, METHODS)}")
     if policy.structure != "channels" or policy.solver not in ("greedy", "independent"):
         raise InputError(
             "a cache that chooses its channels from each prompt runs methods that select channels by the greedy or the "
