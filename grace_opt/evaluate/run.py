@@ -20,7 +20,7 @@ from grace_opt.evaluate.documents import Document, Passages, passages
 from grace_opt.evaluate.prefill import Prefill, greedy_tokens, log_probabilities, prefill
 from grace_opt.evaluate.statistics import Interval, bootstrap_mean, paired, rate
 from grace_opt.evaluate.tasks.needle import ANSWER_TOKENS, NeedlePrompt, found, needle_prompts
-from grace_opt.graphs.bundle import Kind
+from grace_opt.heads import Kind
 from grace_opt.models.config import text_config
 
 if TYPE_CHECKING:

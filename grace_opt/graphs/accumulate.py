@@ -9,10 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from grace_opt.errors import InputError
-from grace_opt.graphs.bundle import HeadGraph, Kind
+from grace_opt.graphs.bundle import HeadGraph
 from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES
 from grace_opt.graphs.observed import Observed, double
 from grace_opt.graphs.protection import Protection, salient_channels
+from grace_opt.heads import Kind
 from grace_opt.problem import FloatArray, IntArray
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from grace_opt.compression.integers import Bits
-    from grace_opt.graphs.bundle import Kind
+    from grace_opt.heads import Kind
     from grace_opt.runtime.attention import Pruned
     from grace_opt.runtime.side import Channels
 

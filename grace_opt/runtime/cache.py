@@ -18,7 +18,7 @@ from grace_opt.compression.integers import Bits
 from grace_opt.compression.mask import KVMask, load_mask
 from grace_opt.compression.method import METHODS, Method
 from grace_opt.errors import InputError, did_you_mean
-from grace_opt.graphs.bundle import Kind
+from grace_opt.heads import Kind
 from grace_opt.models.config import text_config
 from grace_opt.runtime import attention
 from grace_opt.runtime.layer import PrunedLayer

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from grace_opt.compression.headmaps import AXES
 from grace_opt.errors import InputError
-from grace_opt.graphs.bundle import Kind
+from grace_opt.heads import Kind
 from grace_opt.runtime.attend import kernel_reads
 from grace_opt.runtime.attention import Pruned
 from grace_opt.runtime.buffers import Growing, Integers, Store

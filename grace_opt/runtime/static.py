@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
-from grace_opt.graphs.bundle import Kind
+from grace_opt.heads import Kind
 from grace_opt.runtime.attention import Pruned
 from grace_opt.runtime.buffers import Preallocated, Store
 from grace_opt.runtime.layer import PrunedLayer, first_seen, refuse_right_padding
