@@ -33,7 +33,7 @@ from grace_opt.engines.dask import Cluster
 from grace_opt.graphs import GraphBundle, HeadGraph, load_bundle, save_bundle
 from grace_opt.heads import HeadName
 from grace_opt.service.client import Client
-from grace_opt.service.db.store import opened
+from grace_opt.service.db.storage import opened
 from grace_opt.service.db.tables import State
 
 CLIENTS = 200
@@ -89,7 +89,7 @@ def overhead(client: Client, bundle: GraphBundle, heads: int, folder: Path, repe
             digest = client.upload(save(made, folder)).digest
             began = time.perf_counter()
             run = client.submit(digest, ["branch-and-bound"], [0.6])
-            with client._http.stream("GET", f"/api/runs/{run.id}/events") as events:
+            with httpx.stream("GET", f"{client.url}/api/runs/{run.id}/events", timeout=600) as events:
                 for _ in events.iter_lines():
                     pass
             times["service"].append(time.perf_counter() - began)
@@ -157,28 +157,29 @@ def latencies(port: int, run: int, pause: float, seconds: float) -> dict[str, An
     }
 
 
-def big_run(folder: Path, storage: str | None, count: int) -> int:
-    """A complete run of so many records, made of those of the first run, written straight into the store."""
-    with opened(folder, storage) as store:
-        first = [json.loads(body) for body in store.records(1)[0]]
-        request = store.run(1)["request"]  # type: ignore[index]
-        run = int(store.submit(request, count, 10**6, None, None)[0]["id"])
+def big_run(folder: Path, url: str | None, count: int) -> int:
+    """A complete run of so many records, made of those of the first run, written straight into the database."""
+    with opened(folder, url) as storage:
+        first = storage.records.all(1)
+        request = storage.runs.find(1)["request"]  # type: ignore[index]
+        run = int(storage.runs.submit(request, count, 10**6, None, None)[0]["id"])
         made = [
             {**first[i % len(first)], "problem": str(HeadName(i // 8, i % 8, "key")), "gap": i / count}
             for i in range(count)
         ]
-        store.move(run, State.RUNNING)
-        store.add_records(run, made)
-        store.finish(run, made, [], [])
+        storage.runs.move(run, State.RUNNING)
+        storage.records.add(run, made)
+        storage.runs.finish(run, made, [], [])
     return run
 
 
 def first_pages(client: Client, run: int, count: int) -> list[dict[str, Any]]:
     """Times of the first page of a big run: not seen before, sorted not seen before, and again."""
     rows = []
+    http = httpx.Client(base_url=client.url)
     for what, query in (("first page", "limit=50"), ("sorted by gap", "limit=50&sort=gap"), ("again", "limit=50")):
         began = time.perf_counter()
-        client._http.get(f"/api/runs/{run}/records?{query}").raise_for_status()
+        http.get(f"/api/runs/{run}/records?{query}").raise_for_status()
         seconds = time.perf_counter() - began
         rows.append({"measurement": f"{count} records, {what}", "seconds": seconds})
     return rows

@@ -9,6 +9,7 @@ that is not finite is null.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
@@ -194,6 +195,11 @@ def check(model: type, record: Mapping[str, Any] | str | bytes) -> None:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"])
         raise InputError(f"{where}{first['msg']}") from None
+
+
+def now() -> str:
+    """The time as it is recorded: UTC in ISO 8601, to the second. To be shown, never compared: clocks jump."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def budget_name(record: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ def add(
     storing: StoreOptions,
 ) -> None:
     """Make an API key and print it; it is not kept and cannot be shown again."""
-    from grace_opt.service.db.store import opened
+    from grace_opt.service.db.storage import opened
     from grace_opt.service.http.access import SCOPES, new_key
 
     if scope not in SCOPES:
@@ -26,24 +26,24 @@ def add(
     if not 0 < len(name) <= 100:
         raise InputError("the name of a key must have 1 to 100 characters")
     key = new_key()
-    with opened(storing.data, storing.storage, alone=False) as store:
-        store.add_key(name, key, scope)
+    with opened(storing.data, storing.storage, alone=False) as storage:
+        storage.keys.add(name, key, scope)
     print(key)
 
 
 def show(storing: StoreOptions, format: FormatOption = Format.TABLE) -> None:
     """List the API keys, without the keys themselves."""
-    from grace_opt.service.db.store import opened
+    from grace_opt.service.db.storage import opened
 
     columns = ["name", "scope", "created"]
-    with opened(storing.data, storing.storage, alone=False) as store:
-        rows = [{name: row[name] for name in columns} for row in store.api_keys()]
+    with opened(storing.data, storing.storage, alone=False) as storage:
+        rows = [{name: row[name] for name in columns} for row in storage.keys.all()]
     print_records(rows, format, columns)
 
 
 def remove(name: Annotated[str, typer.Argument(help="Whose it was.")], storing: StoreOptions) -> None:
     """Remove an API key; a running service refuses it from then on."""
-    from grace_opt.service.db.store import opened
+    from grace_opt.service.db.storage import opened
 
-    with opened(storing.data, storing.storage, alone=False) as store:
-        store.remove_key(name)
+    with opened(storing.data, storing.storage, alone=False) as storage:
+        storage.keys.remove(name)

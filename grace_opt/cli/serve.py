@@ -39,7 +39,7 @@ def serve(
     """Run the solver service: API, pages, and workers of its own or of a Dask cluster."""
     explain(ctx, verbose)
     from grace_opt.engines.dask import Cluster
-    from grace_opt.service.db.store import opened
+    from grace_opt.service.db.storage import opened
     from grace_opt.service.http.access import is_loopback
     from grace_opt.service.http.app import serve as run
     from grace_opt.service.http.state import Service
@@ -48,14 +48,14 @@ def serve(
         if not 0 < value < 1e15:
             raise InputError(f"the {name} limit must be positive, got {value}")
     needed = require_keys or not is_loopback(host)
-    with opened(storing.data, storing.storage) as store:
-        if needed and not any(key["scope"] == "admin" for key in store.api_keys()):
+    with opened(storing.data, storing.storage) as storage:
+        if needed and not any(key["scope"] == "admin" for key in storage.keys.all()):
             raise InputError(
                 f"{host} is reached from other machines, so API keys are needed and there is none for an admin; "
                 "make one with grace-opt keys add NAME --scope admin"
             )
         service = Service(
-            store,
+            storage,
             Cluster(scheduler, workers or os.cpu_count() or 1),
             keys_required=needed,
             upload_limit=upload_limit,
@@ -64,5 +64,5 @@ def serve(
         )
         if not quiet:
             shown = f"[{host}]" if ":" in host else host
-            say(f"grace-opt serves http://{shown}:{port}, data in {store.folder}; Ctrl-C stops it")
+            say(f"grace-opt serves http://{shown}:{port}, data in {storage.folder}; Ctrl-C stops it")
         run(service, host, port)

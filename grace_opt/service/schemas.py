@@ -199,8 +199,8 @@ class Comparison(BaseModel):
     )
 
 
-class Problem(BaseModel):
-    """RFC 9457: what went wrong and what to do."""
+class Failure(BaseModel):
+    """Problem details (RFC 9457): what went wrong and what to do."""
 
     type: str = "about:blank"
     title: str

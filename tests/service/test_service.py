@@ -60,12 +60,12 @@ def test_a_bundle_is_stored_once_under_its_digest(setting: Setting) -> None:
     assert again.json()["heads"] == 12
     listed = setting.http.get("/api/bundles").json()
     assert (listed["total"], listed["bundles"][0]["name"]) == (1, "heads")
-    assert setting.store.blob(DIGEST).read_bytes() == CONTENT
-    assert list((setting.store.folder / "tmp").iterdir()) == []
+    assert setting.storage.blobs.path(DIGEST).read_bytes() == CONTENT
+    assert list((setting.storage.folder / "tmp").iterdir()) == []
 
 
 def test_a_bundle_in_the_data_folder_is_registered(setting: Setting, tmp_path: Path) -> None:
-    folder = setting.store.folder / "bundles"
+    folder = setting.storage.folder / "bundles"
     other = load_bundle(HEADS)
     save_bundle(type(other)(other.heads[:3], other.metadata), folder / "deep" / "three.safetensors")
     answer = setting.http.post("/api/bundles/register", json={"path": "deep/three.safetensors"})
@@ -99,9 +99,9 @@ def damaged() -> list[tuple[bytes, str]]:
 def test_a_damaged_bundle_is_refused(setting: Setting, content: bytes, said: str) -> None:
     sentence = problem_of(setting.upload(content), 422)
     assert said in sentence
-    assert str(setting.store.folder) not in sentence
+    assert str(setting.storage.folder) not in sentence
     assert setting.http.get("/api/bundles").json()["total"] == 1
-    assert list((setting.store.folder / "tmp").iterdir()) == []
+    assert list((setting.storage.folder / "tmp").iterdir()) == []
 
 
 def test_nan_another_digest_and_too_much_are_refused(setting: Setting, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_bad_run_is_refused_in_a_sentence(setting: Setting, changes: Any, stat
         bundle = load_bundle(HEADS)
         protected = np.arange(64) < 20
         heads = tuple(type(h)(h.layer, h.kv_head, h.kind, h.weights, protected=protected) for h in bundle.heads)
-        path = setting.store.folder / "bundles" / "protected.safetensors"
+        path = setting.storage.folder / "bundles" / "protected.safetensors"
         save_bundle(type(bundle)(heads, bundle.metadata), path)
         answer = setting.http.post("/api/bundles/register", json={"path": path.name})
         changes = {**changes, "bundle": answer.json()["digest"]}
@@ -314,7 +314,7 @@ def test_keys_and_scopes(tmp_path: Path) -> None:
     with Setting(tmp_path, None, keys_required=True) as setting:
         keys = {scope: new_key() for scope in ("read", "submit", "admin")}
         for scope, key in keys.items():
-            setting.store.add_key(scope, key, scope)
+            setting.storage.keys.add(scope, key, scope)
         answer = setting.http.get("/api/runs")
         assert "Authorization: Bearer" in problem_of(answer, 401)
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -329,7 +329,7 @@ def test_keys_and_scopes(tmp_path: Path) -> None:
         assert setting.submit().json()["submitted_by"] == "admin"
         del setting.http.headers["Authorization"]
         assert setting.http.get("/healthz").status_code == 200
-        stored = json.dumps(setting.store.api_keys())
+        stored = json.dumps(setting.storage.keys.all())
         assert not any(key in stored for key in keys.values())
         answers = [setting.http.get("/api/runs", headers=wrong) for _ in range(15)]
         assert answers[-1].status_code == 429
@@ -339,7 +339,7 @@ def test_keys_and_scopes(tmp_path: Path) -> None:
 def test_rates_of_a_key(tmp_path: Path) -> None:
     with Setting(tmp_path, None, keys_required=True, requests_per_second=2.0) as setting:
         key = new_key()
-        setting.store.add_key("one", key, "read")
+        setting.storage.keys.add("one", key, "read")
         setting.http.headers["Authorization"] = f"Bearer {key}"
         codes = [setting.http.get("/api/runs").status_code for _ in range(8)]
         assert codes[:4] == [200] * 4
@@ -374,18 +374,18 @@ def test_a_full_disk_is_said_and_nothing_is_changed(setting: Setting, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     bundle = load_bundle(HEADS)
-    path = setting.store.folder / "bundles" / "three.safetensors"
+    path = setting.storage.folder / "bundles" / "three.safetensors"
     save_bundle(type(bundle)(bundle.heads[:3], bundle.metadata), path)
-    monkeypatch.setattr(setting.store, "adopt", full)
+    monkeypatch.setattr(setting.storage.blobs, "adopt", full)
     assert "disk is full" in problem_of(setting.upload(path.read_bytes()), 507)
     assert setting.http.get("/api/bundles").json()["total"] == 1
-    assert list((setting.store.folder / "tmp").iterdir()) == []
+    assert list((setting.storage.folder / "tmp").iterdir()) == []
     monkeypatch.undo()
 
     def full_mask(*_: Any) -> None:
         raise InputError("cannot write kv_mask.json: No space left on device") from OSError(errno.ENOSPC, "No space")
 
-    monkeypatch.setattr("grace_opt.service.runner.save_mask", full_mask)
+    monkeypatch.setattr("grace_opt.service.masks.save_mask", full_mask)
     run = setting.submit().json()["id"]  # its masks cannot be written; it waits
     for _ in range(100):
         if setting.http.get("/healthz").status_code == 503:
@@ -401,7 +401,7 @@ def test_a_full_disk_is_said_and_nothing_is_changed(setting: Setting, monkeypatc
 def test_a_full_database_is_said(tmp_path: Path) -> None:
     with Setting(tmp_path, None) as setting:
         setting.upload()
-        with setting.store.engine.connect() as connection:  # the pool hands it out again
+        with setting.storage.database.engine.connect() as connection:  # the pool hands it out again
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
             connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
         codes = []
@@ -439,14 +439,14 @@ def test_the_database_goes_away_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_bundle_whose_file_is_lost_fails_its_run(setting: Setting) -> None:
-    from grace_opt.service import runner
+    from grace_opt.service import plan, runner
 
     setting.cluster.gate.clear()
     setting.service.runner.stop()
     run = setting.submit().json()["id"]
-    setting.store.blob(DIGEST).unlink()
-    runner._loaded.cache_clear()
-    again = runner.Runner(setting.store, setting.cluster)
+    setting.storage.blobs.path(DIGEST).unlink()
+    plan.load_once.cache_clear()
+    again = runner.Runner(setting.storage, setting.cluster)
     again.start()
     found = setting.wait(run)
     assert (found["state"], "no such file" in found["error"]) == ("failed", True)
@@ -468,7 +468,7 @@ def test_a_run_that_cannot_be_worked_on_does_not_stop_the_others(
 
 def test_clocks_may_jump(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     for moment in ("2031-01-01T00:00:00+00:00", "1999-01-01T00:00:00+00:00"):
-        monkeypatch.setattr("grace_opt.service.db.store.now", lambda moment=moment: moment)
+        monkeypatch.setattr("grace_opt.service.db.runs.now", lambda moment=moment: moment)
         assert setting.wait(setting.submit().json()["id"])["state"] == "complete"
     assert [run["id"] for run in setting.http.get("/api/runs").json()["runs"]] == [2, 1]
 

@@ -13,7 +13,7 @@ import httpx
 
 from grace_opt.engines.dask import Chunk, Cluster
 from grace_opt.engines.local import run_one
-from grace_opt.service.db.store import Store
+from grace_opt.service.db.storage import Storage
 from grace_opt.service.http.app import create_app
 from grace_opt.service.http.state import Service
 from tests.support import DATA
@@ -57,10 +57,10 @@ class Setting:
     """A service in this process, with a client of its own."""
 
     def __init__(self, folder: Path, storage: str | None, **options: Any) -> None:
-        self.store = Store(folder / "data", storage)
-        self.store.open()
+        self.storage = Storage(folder / "data", storage)
+        self.storage.open()
         self.cluster = HereCluster()
-        self.service = Service(self.store, self.cluster, **options)
+        self.service = Service(self.storage, self.cluster, **options)
         hosts = None if options.get("keys_required") else ("127.0.0.1",)
         self.app = create_app(self.service, hosts=hosts)
 
@@ -82,7 +82,7 @@ class Setting:
         return self.http.post("/api/runs", json=body, headers=headers)
 
     def wait(self, run: int) -> Any:
-        for _ in range(300):
+        for _ in range(1200):  # the solvers may have to be compiled first
             found = self.http.get(f"/api/runs/{run}").json()
             if found["state"] not in ("queued", "running"):
                 return found

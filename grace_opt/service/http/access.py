@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from grace_opt.service.db.store import Store
+from grace_opt.service.db.keys import KeyStore
 from grace_opt.service.http import failures
 from grace_opt.service.http.failures import RefusedError
 
@@ -83,8 +83,8 @@ class Caller:
 class Access:
     """Checks API keys. Without keys (``required`` False) everybody who reaches the server may do everything."""
 
-    def __init__(self, store: Store, required: bool, per_second: float) -> None:
-        self.store, self.required = store, required
+    def __init__(self, keys: KeyStore, required: bool, per_second: float) -> None:
+        self.keys, self.required = keys, required
         self._rates, self._failures = Rates(2 * per_second, per_second), Rates(*FAILURES)
         self._callers: dict[str, Caller] = {}
         self._read = -1.0
@@ -111,7 +111,7 @@ class Access:
 
     async def _known(self) -> dict[str, Caller]:
         if self._read < 0 or time.monotonic() - self._read > KEYS_SECONDS:
-            rows = await run_in_threadpool(self.store.api_keys)
+            rows = await run_in_threadpool(self.keys.all)
             self._callers = {row["sha256"]: Caller(row["name"], row["scope"]) for row in rows}
             self._read = time.monotonic()
         return self._callers
@@ -186,7 +186,7 @@ class Guard:
         if left < 0:  # of a body whose length was not said: whatever the application made of the half of it is dropped
             refusal = too_long
         if refusal is not None:
-            await failures.problem(*refusal)(scope, receive, answered)
+            await failures.response(*refusal)(scope, receive, answered)
 
     def _refusal(self, method: str, headers: Headers) -> tuple[int, str] | None:
         host = headers.get("host", "")

@@ -18,14 +18,14 @@ import grace_opt
 from grace_opt import registry
 from grace_opt.errors import InputError
 from grace_opt.service import schemas
-from grace_opt.service.db.store import Row
+from grace_opt.service.db.database import Row
 from grace_opt.service.db.tables import UNFINISHED, State
 from grace_opt.service.http import metrics
 from grace_opt.service.http.access import Caller, needs
 from grace_opt.service.http.failures import RefusedError, responses
-from grace_opt.service.http.page_cache import KeptPage
+from grace_opt.service.http.page_cache import Page
 from grace_opt.service.http.state import Service
-from grace_opt.service.runner import plan
+from grace_opt.service.plan import plan
 from grace_opt.solution import Status
 from grace_opt.solve import options_of
 
@@ -76,7 +76,7 @@ async def upload_bundle(
     A bundle that is there already is not stored twice.
     """
     sha256, size, most = hashlib.sha256(), 0, service.upload_limit
-    temporary = service.temporary()
+    temporary = service.storage.blobs.temporary()
     try:
         with temporary.open("wb") as file:
             async for block in request.stream():
@@ -96,7 +96,7 @@ async def upload_bundle(
 @router.post("/bundles/register", status_code=201, response_model=schemas.Bundle, responses=responses(404, 422, 507))
 def register_bundle(body: schemas.Registration, service: Here, _: Submit) -> Any:
     """Take a bundle that lies in the folder ``bundles`` of the service's data folder."""
-    root = service.store.folder / "bundles"
+    root = service.storage.offered
     try:
         path = (root / body.path).resolve()
         found = path.is_relative_to(root) and path.is_file()
@@ -110,7 +110,7 @@ def register_bundle(body: schemas.Registration, service: Here, _: Submit) -> Any
 @router.get("/bundles", response_model=schemas.Bundles)
 def list_bundles(service: Here, _: Read, limit: LimitQuery = 50, offset: OffsetQuery = 0) -> Any:
     """Bundles, the newest first."""
-    rows, total = service.store.bundles(limit, offset)
+    rows, total = service.storage.bundles.page(limit, offset)
     return {"total": total, "offset": offset, "limit": limit, "bundles": rows}
 
 
@@ -142,11 +142,11 @@ def submit_run(
     """Accept a run. What it answers with survives any crash."""
     _bundle(service, body.bundle)
     request = body.model_dump()
-    total = plan(service.store, {"id": 0, "request": request}).total  # also finds what is wrong with the request
+    total = plan(service.storage.blobs, request).total  # also finds what is wrong with the request
     key = None
     if idempotency_key is not None:
         key = hashlib.sha256(f"{caller.name}\0{idempotency_key}".encode()).hexdigest()
-    row, new = service.store.submit(request, total, service.queue_limit, caller.name, key)
+    row, new = service.storage.runs.submit(request, total, service.queue_limit, caller.name, key)
     if not new:
         if row["request"] != request:
             raise RefusedError(409, "this Idempotency-Key was sent with another request; choose a new one")
@@ -166,7 +166,7 @@ def list_runs(
     offset: OffsetQuery = 0,
 ) -> Any:
     """Runs, the newest first."""
-    rows, total = service.store.runs(limit, offset, state or (), bundle)
+    rows, total = service.storage.runs.page(limit, offset, state or (), bundle)
     return JSONResponse({"total": total, "offset": offset, "limit": limit, "runs": list(map(public, rows))})
 
 
@@ -180,7 +180,7 @@ def get_run(run: RunId, service: Here, _: Read) -> Any:
 def cancel_run(run: RunId, service: Here, _: Submit) -> Any:
     """Stop a run. What it has stays; a run that has ended is left as it is."""
     existing(service, run)
-    service.store.move(run, State.CANCELLED)
+    service.storage.runs.move(run, State.CANCELLED)
     service.runner.notify()
     return existing(service, run)
 
@@ -189,9 +189,9 @@ def cancel_run(run: RunId, service: Here, _: Submit) -> Any:
 def delete_run(run: RunId, service: Here, _: Admin) -> None:
     """Remove a run with its records and masks."""
     existing(service, run)
-    service.store.move(run, State.CANCELLED)
-    service.store.delete(run)
-    service.kept.forget(run)
+    service.storage.runs.move(run, State.CANCELLED)
+    service.storage.runs.delete(run)
+    service.pages.forget(run)
     service.runner.notify()
 
 
@@ -213,7 +213,7 @@ def list_records(
 ) -> Any:
     """Records of a run, with filters, sorted; a missing value is last."""
     found = existing(service, run)
-    bodies, total = service.store.records(
+    bodies, total = service.storage.records.page(
         run,
         limit=limit,
         offset=offset,
@@ -226,14 +226,14 @@ def list_records(
     )
     # The bodies are JSON already: a page costs no parsing and no writing.
     content = f'{{"total":{total},"offset":{offset},"limit":{limit},"records":[{",".join(bodies)}]}}'.encode()
-    page = KeptPage(run, content)
+    page = Page(run, content)
     if found["state"] not in UNFINISHED:
-        service.kept.keep(request.url.path, request.url.query, page)
+        service.pages.keep(request.url.path, request.url.query, page)
     return page.response(if_none_match)
 
 
 async def _existing(run: RunId, service: Here, _: Read) -> Row:
-    """Before a stream begins, while there can still be a problem in place of it."""
+    """Before a stream begins, while there can still be a failure in place of it."""
     return await run_in_threadpool(existing, service, run)
 
 
@@ -260,7 +260,7 @@ async def watch_run(
 def list_masks(run: RunId, service: Here, _: Read) -> Any:
     """The masks of a run: one for each ratio and solver that has a selection for every head."""
     existing(service, run)
-    return service.store.masks(run)
+    return service.storage.masks.of(run)
 
 
 @router.get("/masks/{digest}.json", response_class=FileResponse, responses=_files("application/json"))
@@ -344,7 +344,7 @@ def solver_table() -> list[Row]:
 
 def existing(service: Service, run: int) -> Row:
     """A run, with its newest progress. Raises RefusedError if there is none."""
-    row = service.store.run(run)
+    row = service.storage.runs.find(run)
     if row is None:
         raise RefusedError(404, f"there is no run {run}")
     return row
@@ -357,11 +357,11 @@ def public(row: Row) -> Row:
 
 def _row(service: Service, run: int) -> Row:
     """A run; one that was deleted meanwhile counts as cancelled."""
-    return service.store.run(run) or {"state": State.CANCELLED, "done": 0, "total": 0}
+    return service.storage.runs.find(run) or {"state": State.CANCELLED, "done": 0, "total": 0}
 
 
 def _bundle(service: Service, digest: str) -> Row:
-    row = service.store.bundle(digest)
+    row = service.storage.bundles.find(digest)
     if row is None:
         raise RefusedError(404, f"there is no bundle {digest}; upload it first")
     return row
@@ -370,13 +370,13 @@ def _bundle(service: Service, digest: str) -> Row:
 def _mask_file(
     service: Service, digest: str, column: str, name: str, media_type: str, if_none_match: str | None
 ) -> Response:
-    row = service.store.mask(digest)
+    row = service.storage.masks.find(digest)
     if row is None:
         raise RefusedError(404, f"there is no mask {digest}")
     headers = {"ETag": f'"{row[column]}"', "Cache-Control": IMMUTABLE}
     if if_none_match == headers["ETag"]:
         return Response(status_code=304, headers=headers)
-    path = service.store.blob(row[column])
+    path = service.storage.blobs.path(row[column])
     if not path.is_file():
         raise RefusedError(503, f"the file of mask {digest} is lost from the service's data folder; submit again")
     return FileResponse(path, media_type=media_type, filename=name, headers=headers)

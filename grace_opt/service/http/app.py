@@ -86,12 +86,12 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the upload's body and the problems, which FastAPI cannot know."""
+    """The OpenAPI document, with the upload's body and the failures, which FastAPI cannot know."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         for unused in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(unused, None)
-        document["components"]["schemas"]["Problem"] = schemas.Problem.model_json_schema()
+        document["components"]["schemas"]["Failure"] = schemas.Failure.model_json_schema()
         for path in document["paths"].values():
             for operation in path.values():
                 general = {str(status): what for status, what in failures.responses(400, 413, 421, 422).items()}

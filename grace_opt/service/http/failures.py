@@ -14,14 +14,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from grace_opt.errors import InputError
-from grace_opt.service.db.store import QueueFullError
-from grace_opt.service.schemas import Problem
+from grace_opt.service.db.runs import QueueFullError
+from grace_opt.service.schemas import Failure
 
 RETRY_SECONDS = 5
 
 
 class RefusedError(Exception):
-    """A request that is answered with a problem.
+    """A request that is refused.
 
     Args:
         status: HTTP status code.
@@ -35,15 +35,15 @@ class RefusedError(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """The body of a problem."""
-    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail).model_dump()
+def response(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+    """An answer that says what went wrong."""
+    body = Failure(title=HTTPStatus(status).phrase, status=status, detail=detail).model_dump()
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: the problems that a route may answer with."""
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    """For the OpenAPI document: the failures that a route may answer with."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Failure"}}}
     return {
         status: {"description": HTTPStatus(status).phrase, "content": content}
         for status in sorted({401, 403, 429, 503, *statuses})
@@ -51,10 +51,10 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None]) -> None:
-    """Make problems of all exceptions that leave a route; ``as_page`` may make a page of one."""
+    """Answer all exceptions that leave a route; ``as_page`` may make a page of one."""
 
     def answer(request: Request, status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-        return as_page(request, status, detail) or problem(status, detail, headers)
+        return as_page(request, status, detail) or response(status, detail, headers)
 
     @app.exception_handler(RefusedError)
     def refused(request: Request, error: RefusedError) -> Response:

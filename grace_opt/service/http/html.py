@@ -16,13 +16,13 @@ from markupsafe import Markup
 
 from grace_opt.compare.compare import summarise, with_references
 from grace_opt.reports.report import page_sections, report_data
-from grace_opt.service.db.store import Row
+from grace_opt.service.db.database import Row
 from grace_opt.service.db.tables import UNFINISHED, State
 from grace_opt.service.http.access import COOKIE, SCOPES, Caller, needs
 from grace_opt.service.http.api import Here, LimitQuery, OffsetQuery, Read, RunId, existing, solver_table
 from grace_opt.service.http.failures import RefusedError
 from grace_opt.service.http.state import Service
-from grace_opt.service.runner import bundle_of
+from grace_opt.service.plan import bundle_of
 
 router = APIRouter(include_in_schema=False)
 
@@ -42,7 +42,7 @@ templates.filters["percent"] = lambda value: "\N{EN DASH}" if value is None else
 templates.filters["path"] = lambda text: quote(text, safe="")
 
 
-def html(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
+def rendered(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
     """A page of a template."""
     service: Service = request.app.state.service
     page = templates.get_template(name).render(**values, with_keys=service.access.required, here=request.url.path)
@@ -50,13 +50,13 @@ def html(request: Request, name: str, status: int = 200, **values: Any) -> HTMLR
 
 
 def trouble(request: Request, status: int, detail: str) -> Response | None:
-    """A failure as a page, for who reads pages; None for who reads JSON."""
+    """A failure as a page, for those who read pages; None for those who read JSON."""
     path = request.url.path
     if path.startswith("/api") or "text/html" not in request.headers.get("accept", ""):
         return None
     if status == 401:
         return RedirectResponse(f"/login?next={quote(path)}", 303)
-    return html(request, "trouble.html", status, detail=detail)
+    return rendered(request, "trouble.html", status, detail=detail)
 
 
 @router.get("/")
@@ -69,12 +69,12 @@ def runs_page(
     offset: OffsetQuery = 0,
 ) -> Response:
     """The runs, and a form for a new one."""
-    rows, total = service.store.runs(limit, offset, [state] if state else ())
-    bundles = service.store.bundles(200, 0)[0]
+    rows, total = service.storage.runs.page(limit, offset, [state] if state else ())
+    bundles = service.storage.bundles.page(200, 0)[0]
     names = {bundle["digest"]: bundle for bundle in bundles}
     for row in rows:
-        row["of"] = names.get(row["bundle"]) or service.store.bundle(row["bundle"])
-    return html(
+        row["of"] = names.get(row["bundle"]) or service.storage.bundles.find(row["bundle"])
+    return rendered(
         request,
         "runs.html",
         runs=rows,
@@ -93,12 +93,12 @@ def runs_page(
 def run_page(request: Request, run: RunId, service: Here, caller: Reader) -> Response:
     """A run: facts, masks, and the pictures and tables of a comparison's report."""
     row = existing(service, run)
-    return html(
+    return rendered(
         request,
         "run.html",
         run=row,
-        bundle=service.store.bundle(row["bundle"]),
-        masks=service.store.masks(run),
+        bundle=service.storage.bundles.find(row["bundle"]),
+        masks=service.storage.masks.of(run),
         unfinished=row["state"] in UNFINISHED,
         sections=Markup(page_sections(*PICTURES_OF_RUN)),
         may_submit=SCOPES.index(caller.scope) >= SCOPES.index("submit"),
@@ -111,16 +111,16 @@ def run_report(run: RunId, service: Here, _: Read) -> Response:
     row = existing(service, run)
     if row["state"] in UNFINISHED:
         return Response(_run_report(service, run), media_type="application/json")
-    return Response(_kept_report(service, run), media_type="application/json")
+    return Response(_complete_report(service, run), media_type="application/json")
 
 
 @lru_cache(maxsize=32)
-def _kept_report(service: Service, run: int) -> bytes:
+def _complete_report(service: Service, run: int) -> bytes:
     return _run_report(service, run)
 
 
 def _run_report(service: Service, run: int) -> bytes:
-    records = _referenced(service.store.records(run)[0])
+    records = _referenced(service.storage.records.all(run))
     return _drawn(run, records, summarise(records), {}, 0) if records else b'{"sets": []}'
 
 
@@ -130,11 +130,11 @@ def head_page(
 ) -> Response:
     """A head of a run: its channel graph, incumbent and bound over time, records."""
     row = existing(service, run)
-    records = [json.loads(body) for body in service.store.records(run, problem=problem)[0]]
+    records = service.storage.records.all(run, problem=problem)
     ratios = sorted({record["ratio"] for record in records})
     if not records or (ratio is not None and ratio not in ratios):
         raise RefusedError(404, f"run {run} has no record of a head {problem!r}{'' if ratio is None else ' there'}")
-    return html(
+    return rendered(
         request,
         "head.html",
         run=row,
@@ -149,10 +149,10 @@ def head_page(
 def head_report(run: RunId, problem: str, ratio: float, service: Here, _: Read) -> Response:
     """What a head's page draws."""
     row = existing(service, run)
-    records = _referenced(service.store.records(run, problem=problem, ratio=ratio)[0])
+    records = _referenced(service.storage.records.all(run, problem=problem, ratio=ratio))
     if not records:
         raise RefusedError(404, f"run {run} has no record of a head {problem!r} at ratio {ratio}")
-    graphs = bundle_of(service.store, row["bundle"])
+    graphs = bundle_of(service.storage.blobs, row["bundle"])
     made = graphs.problems(ratio, protect=row["request"]["config"]["protect"])
     found = {(row["bundle"], each.name): each for each in made if each.name == problem}
     return Response(_drawn(run, records, summarise(records), found, 1), media_type="application/json")
@@ -164,9 +164,9 @@ def compare_page(
 ) -> Response:
     """Runs side by side, and two masks' kept channels."""
     rows = [existing(service, each) for each in dict.fromkeys(run or [])]
-    masks = [mask for row in rows for mask in service.store.masks(row["id"])]
-    complete = service.store.runs(100, 0, [State.COMPLETE])[0]
-    return html(request, "compare.html", runs=rows, masks=masks, complete=complete)
+    masks = [mask for row in rows for mask in service.storage.masks.of(row["id"])]
+    complete = service.storage.runs.page(100, 0, [State.COMPLETE])[0]
+    return rendered(request, "compare.html", runs=rows, masks=masks, complete=complete)
 
 
 @router.get("/compare/channels.json")
@@ -183,22 +183,22 @@ def _selection(service: Service, name: str) -> dict[str, list[int] | None]:
     run, _, rest = name.partition(":")
     ratio, _, solver = rest.partition(":")
     try:
-        bodies = service.store.records(existing(service, int(run))["id"], ratio=float(ratio), solver=solver)[0]
+        records = service.storage.records.all(existing(service, int(run))["id"], ratio=float(ratio), solver=solver)
     except (ValueError, OverflowError):
         raise RefusedError(422, f"a selection is named RUN:RATIO:SOLVER, not {name!r}") from None
-    return {record["problem"]: record["pruned"] for record in map(json.loads, bodies)}
+    return {record["problem"]: record["pruned"] for record in records}
 
 
 @router.get("/solvers")
 def solvers_page(request: Request, _: Read) -> Response:
     """The solvers, what each guarantees and takes."""
-    return html(request, "solvers.html", solvers=solver_table())
+    return rendered(request, "solvers.html", solvers=solver_table())
 
 
 @router.get("/login")
 def login_page(request: Request, next: str = "/") -> Response:
     """The form for an API key."""
-    return html(request, "login.html", next=next, detail=None)
+    return rendered(request, "login.html", next=next, detail=None)
 
 
 @router.post("/login")
@@ -211,7 +211,7 @@ async def log_in(request: Request, service: Here) -> Response:
     try:
         await service.access.check(request, key)
     except RefusedError as error:
-        return html(request, "login.html", error.status, next=target, detail=error.detail)
+        return rendered(request, "login.html", error.status, next=target, detail=error.detail)
     answer = RedirectResponse(target, 303)
     secure = request.url.scheme == "https"
     answer.set_cookie(COOKIE, key, max_age=30 * 86400, httponly=True, samesite="strict", secure=secure)
@@ -245,9 +245,8 @@ def mount_parts(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=str(files("grace_opt") / "service" / "http" / "static")))
 
 
-def _referenced(bodies: Sequence[str]) -> list[Row]:
+def _referenced(records: list[Row]) -> list[Row]:
     """Records with their references, which those of a run that is not complete do not have yet."""
-    records = [json.loads(body) for body in bodies]
     if all("best_known" in record for record in records):
         return records
     return with_references(records, records, {})

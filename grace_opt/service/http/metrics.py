@@ -21,8 +21,8 @@ class _Collector:
 
     def collect(self) -> Iterator[Metric]:
         runner, cluster = self.service.runner, self.service.cluster
-        runs = GaugeMetricFamily("grace_opt_runs", "Runs in the store.", labels=["state"])
-        for state, count in self.service.store.counts().items():
+        runs = GaugeMetricFamily("grace_opt_runs", "Runs in the database.", labels=["state"])
+        for state, count in self.service.storage.runs.counts().items():
             runs.add_metric([state], count)
         heads = CounterMetricFamily(
             "grace_opt_heads_solved", "Heads solved since the start.", labels=["solver", "status"]

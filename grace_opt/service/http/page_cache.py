@@ -21,7 +21,7 @@ PAGES = 1024
 BYTES = 64 << 20  #: of all pages together
 
 
-class KeptPage:
+class Page:
     """A page and its ETag."""
 
     def __init__(self, run: int, content: bytes) -> None:
@@ -29,26 +29,26 @@ class KeptPage:
         self.etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
 
     def response(self, if_none_match: str | None) -> Response:
-        """The page, or 304 for who has it."""
+        """The page, or 304 for a client that has it."""
         headers = {"ETag": self.etag}
         if if_none_match == self.etag:
             return Response(status_code=304, headers=headers)
         return Response(self.content, media_type="application/json", headers=headers)
 
 
-class KeptPages:
+class PageCache:
     """The pages that were read last, by path and query."""
 
     def __init__(self) -> None:
-        self._pages: OrderedDict[tuple[str, str], KeptPage] = OrderedDict()
+        self._pages: OrderedDict[tuple[str, str], Page] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, path: str, query: str) -> KeptPage | None:
-        """A page, if it is kept."""
+    def get(self, path: str, query: str) -> Page | None:
+        """A page, if it is there."""
         return self._pages.get((path, query))
 
-    def keep(self, path: str, query: str, page: KeptPage) -> None:
+    def keep(self, path: str, query: str, page: Page) -> None:
         """Keep a page of a complete run."""
         with self._lock:
             if (path, query) not in self._pages:
@@ -66,9 +66,9 @@ class KeptPages:
 
 
 class FromMemory:
-    """Middleware that answers with kept pages, before any routing.
+    """Middleware that answers with cached pages, before any routing.
 
-    Of many who ask at once for a page that is not kept yet, the first has it made and the others wait for that.
+    Of many who ask at once for a page that is not there yet, the first has it made and the others wait for that.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -80,10 +80,10 @@ class FromMemory:
             await self.app(scope, receive, send)
             return
         key = scope["path"], scope["query_string"].decode("latin-1")
-        page = self.service.kept.get(*key)
+        page = self.service.pages.get(*key)
         if page is None and key in self._made:
             await self._made[key].wait()
-            page = self.service.kept.get(*key)
+            page = self.service.pages.get(*key)
         if page is None:
             made = self._made.setdefault(key, asyncio.Event())
             try:
@@ -97,5 +97,5 @@ class FromMemory:
             await self.service.access.caller(request)  # every scope may read
             response = page.response(request.headers.get("if-none-match"))
         except RefusedError as error:
-            response = failures.problem(error.status, error.detail, error.headers)
+            response = failures.response(error.status, error.detail, error.headers)
         await response(scope, receive, send)

@@ -1,9 +1,7 @@
-"""What all routes share: the store, the cluster, the runner, who may do what."""
+"""What all routes share: the storage, the cluster, the runner, who may do what."""
 
 from __future__ import annotations
 
-import json
-import secrets
 import shutil
 import struct
 from collections.abc import Sequence
@@ -15,9 +13,10 @@ from grace_opt.engines.dask import Cluster
 from grace_opt.errors import InputError
 from grace_opt.files import file_sha256
 from grace_opt.graphs import load_bundle
-from grace_opt.service.db.store import Row, Store
+from grace_opt.service.db.database import Row
+from grace_opt.service.db.storage import Storage
 from grace_opt.service.http.access import Access
-from grace_opt.service.http.page_cache import KeptPages
+from grace_opt.service.http.page_cache import PageCache
 from grace_opt.service.runner import Runner
 
 HEADER_LIMIT = 16 << 20  #: bytes of a safetensors file's own header
@@ -27,7 +26,7 @@ class Service:
     """One running service.
 
     Args:
-        store: opened, and alone.
+        storage: opened, and alone.
         cluster: where to solve.
         keys_required: whether each request needs an API key.
         upload_limit: bytes of a bundle.
@@ -37,7 +36,7 @@ class Service:
 
     def __init__(
         self,
-        store: Store,
+        storage: Storage,
         cluster: Cluster,
         *,
         keys_required: bool = False,
@@ -45,29 +44,25 @@ class Service:
         queue_limit: int = 100,
         requests_per_second: float = 100.0,
     ) -> None:
-        self.store, self.cluster = store, cluster
+        self.storage, self.cluster = storage, cluster
         self.upload_limit, self.queue_limit = upload_limit, queue_limit
-        self.access = Access(store, keys_required, requests_per_second)
-        self.runner = Runner(store, cluster)
-        self.kept = KeptPages()
+        self.access = Access(storage.keys, keys_required, requests_per_second)
+        self.runner = Runner(storage, cluster)
+        self.pages = PageCache()
 
     def start(self) -> None:
         """Go on with what is unfinished."""
         self.runner.start()
 
     def stop(self) -> None:
-        """Stop working; what is unfinished stays so, in the store."""
+        """Stop working; what is unfinished stays so, in the storage."""
         self.runner.stop()
         self.cluster.close()
-        self.store.close()
-
-    def temporary(self) -> Path:
-        """A path for a file that is being received, on the same file system as the blobs."""
-        return self.store.folder / "tmp" / secrets.token_hex(16)
+        self.storage.close()
 
     def register(self, path: Path) -> Row:
         """Take a copy of a bundle's file."""
-        temporary = self.temporary()
+        temporary = self.storage.blobs.temporary()
         try:
             shutil.copyfile(path, temporary)
             return self.adopt_bundle(temporary, file_sha256(temporary), path.name)
@@ -75,9 +70,10 @@ class Service:
             temporary.unlink(missing_ok=True)
 
     def adopt_bundle(self, temporary: Path, digest: str, name: str) -> Row:
-        """Check a file and make it a bundle of the store. Raises InputError if it is not a sound one."""
-        known = self.store.bundle(digest)
-        if known is not None and self.store.blob(digest).is_file():
+        """Check a file and make it a bundle of the service. Raises InputError if it is not a sound one."""
+        bundles, blobs = self.storage.bundles, self.storage.blobs
+        known = bundles.find(digest)
+        if known is not None and blobs.path(digest).is_file():
             return known
         _check_header(temporary)
         try:
@@ -85,13 +81,13 @@ class Service:
             bundle.problems(0.0)  # finds NaN and asymmetry
         except InputError as error:
             raise InputError(str(error).replace(str(temporary), "the file")) from None
-        self.store.adopt(temporary, digest)
-        nbytes = self.store.blob(digest).stat().st_size
-        return self.store.add_bundle(digest, name, nbytes, len(bundle.heads), bundle.metadata)
+        blobs.adopt(temporary, digest)
+        nbytes = blobs.path(digest).stat().st_size
+        return bundles.add(digest, name, nbytes, len(bundle.heads), bundle.metadata)
 
     def compared(self, runs: Sequence[Row]) -> dict[str, Any]:
         """The runs, their summaries one below the other, and how they differ on the heads that all of them have."""
-        found = [[json.loads(body) for body in self.store.records(run["id"])[0]] for run in runs]
+        found = [self.storage.records.all(run["id"]) for run in runs]
         known = [record for records in found for record in records]
         found = [with_references(records, known, {}) for records in found]  # the best that any of the runs knows
         tables = [{(r["ratio"], r["solver"], r["problem"]): r for r in records} for records in found]

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, MetaData
 
 from grace_opt.service.db import migrations
-from grace_opt.service.db.store import Store, opened
+from grace_opt.service.db.storage import Storage, opened
 from grace_opt.service.db.tables import Table
 
 BUNDLE, TIME = "a" * 64, "2026-01-31T12:00:00+00:00"
@@ -59,22 +59,22 @@ def fill(connection: Connection) -> None:
 
 
 def test_they_make_the_tables(tmp_path: Path, storage: str | None) -> None:
-    with opened(tmp_path / "data", storage) as store, store.engine.connect() as connection:
+    with opened(tmp_path / "data", storage) as found, found.database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
 
 
 def test_what_the_first_version_wrote_is_still_there(tmp_path: Path, storage: str | None) -> None:
-    old = Store(tmp_path / "data", storage)
-    with old.engine.begin() as connection:
+    old = Storage(tmp_path / "data", storage)
+    with old.database.engine.begin() as connection:
         upgrade_to(connection, "0001")
         fill(connection)
     old.close()
-    with opened(tmp_path / "data", storage) as store:
-        assert [json.loads(body)["problem"][-5] for body in store.records(7)[0]] == ["0", "1", "0", "1"]
-        assert store.records(7, budget="0")[1] == store.records(7, ratio=0.5, budget="0.5")[1] == 2
-        assert [(mask["budget"], mask["ratio"], mask["value_ratio"]) for mask in store.masks(7)] == [
+    with opened(tmp_path / "data", storage) as found:
+        assert [json.loads(body)["problem"][-5] for body in found.records.page(7)[0]] == ["0", "1", "0", "1"]
+        assert found.records.page(7, budget="0")[1] == found.records.page(7, ratio=0.5, budget="0.5")[1] == 2
+        assert [(mask["budget"], mask["ratio"], mask["value_ratio"]) for mask in found.masks.of(7)] == [
             ("0", 0.0, None),
             ("0.5", 0.5, None),
         ]
-        store.delete(7)
-        assert store.records(7)[1] == len(store.masks(7)) == 0
+        found.runs.delete(7)
+        assert found.records.page(7)[1] == len(found.masks.of(7)) == 0

@@ -229,7 +229,7 @@ def test_the_keyboard_reaches_everything(visit: Open) -> None:
 def test_a_key_is_asked_for_and_kept(browser: Browser, tmp_path: Path) -> None:
     with Setting(tmp_path, None, keys_required=True) as locked:
         key = new_key()
-        locked.store.add_key("ada", key, "read")
+        locked.storage.keys.add("ada", key, "read")
         context = browser.new_context()
         page = context.new_page()
         page.goto(f"{locked.url}/solvers")
@@ -275,10 +275,10 @@ def test_four_hundred_heads_by_eight_solvers(visit: Open, setting: Setting) -> N
         "name": "big",
     }
     setting.service.runner.stop()
-    run = setting.store.submit(request, len(records), 10**6, None, None)[0]["id"]
-    setting.store.move(run, State.RUNNING)
-    setting.store.add_records(run, records)
-    setting.store.finish(run, records, [], [])
+    run = setting.storage.runs.submit(request, len(records), 10**6, None, None)[0]["id"]
+    setting.storage.runs.move(run, State.RUNNING)
+    setting.storage.records.add(run, records)
+    setting.storage.runs.finish(run, records, [], [])
     payload = setting.http.get(f"/runs/{run}/report.json").content
     assert len(payload) < 1_500_000
     assert len(json.loads(payload)["sets"][0]["rows"]) == 3200
