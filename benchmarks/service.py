@@ -81,7 +81,7 @@ def overhead(client: Client, bundle: GraphBundle, heads: int, folder: Path, repe
     warm = save(more_heads(bundle, 8, 99), folder)
     client.wait(client.submit(client.upload(warm).digest, ["branch-and-bound"], [0.6]).id)
     with Cluster(workers=WORKERS) as cluster:
-        solve_many(more_heads(bundle, 8, 99).problems(0.6), "branch-and-bound", engine=cluster.runs)
+        solve_many(more_heads(bundle, 8, 99).problems(0.6), "branch-and-bound", engine=cluster.outcomes)
         times["solve_many, Dask"] = []
         for repeat in range(repeats):
             made = more_heads(bundle, heads, repeat)
@@ -96,7 +96,7 @@ def overhead(client: Client, bundle: GraphBundle, heads: int, folder: Path, repe
             ways: dict[str, dict[str, Any]] = {
                 "solve_many, threads": {"workers": WORKERS},
                 "solve_many, processes": {"workers": WORKERS, "isolate": True},
-                "solve_many, Dask": {"engine": cluster.runs},
+                "solve_many, Dask": {"engine": cluster.outcomes},
             }
             for name, options in ways.items():
                 began = time.perf_counter()

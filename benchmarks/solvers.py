@@ -25,7 +25,7 @@ from rich.table import Table
 from rivals import GurobiSolver, PenaltySolver, SCIPSolver
 
 from grace_opt import Calibration, SubsetProblem, calibrate, load_bundle, load_model, solve_many
-from grace_opt.compare.compare import shifted_geometric_mean
+from grace_opt.compare import shifted_geometric_mean
 from grace_opt.graphs import GraphBundle, Protection, salient_channels
 from grace_opt.models.texts import read_pieces
 from grace_opt.solution import Limits, Solution, Solver, Status

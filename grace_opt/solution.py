@@ -10,7 +10,12 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from grace_opt.problem import BoolArray, SubsetProblem
+from grace_opt.problem import BoolArray, FloatArray, SubsetProblem
+
+#: A proven bound may lie above the optimum by rounding only: by this part of the sum of |W_ij| over the prunable
+#: channels (`rounding_slack`), and where two objectives or bounds are compared, by `OBJECTIVE_SLACK` of the objective.
+ROUNDING_SLACK = 1e-12
+OBJECTIVE_SLACK = 1e-9
 
 
 class Status(StrEnum):
@@ -37,7 +42,7 @@ class Limit(StrEnum):
 class BoundKind(StrEnum):
     """How far a lower bound can be trusted."""
 
-    PROVEN = "proven"  #: valid in floating point up to the tolerance that its solver states
+    PROVEN = "proven"  #: valid in floating point, up to `rounding_slack`
     NUMERICAL = "numerical"  #: as a solver reported it
     NONE = "none"  #: no bound
 
@@ -142,6 +147,11 @@ class BatchSolver(Solver, Protocol):
     def solve_batch(self, problems: Sequence[SubsetProblem], limits: Limits) -> list[RawResult]: ...
 
 
+def rounding_slack(weights: FloatArray) -> float:
+    """By how much rounding may raise a proven bound over these weights, float64[k, k]: 1e-12 of the sum of |W_ij|."""
+    return ROUNDING_SLACK * float(np.abs(weights).sum())
+
+
 def relative_gap(objective: float, lower_bound: float) -> float:
     """(objective - lower_bound) / |objective|; 0 if both are 0, infinite without a bound or a selection."""
     if objective == lower_bound:
@@ -155,9 +165,8 @@ def relative_gap(objective: float, lower_bound: float) -> float:
 class Solution:
     """One checked solver run. ``objective`` is recomputed from ``pruned``; NaN when there is no selection.
 
-    ``lower_bound`` is -inf if none. A bound of kind ``proven`` may exceed the true optimum by rounding only: what its
-    solver states, and in the front end at most 1e-12 times the sum of |W_ij| over the pruned channels. A bound within
-    that of the objective, or above it by at most 1e-9 of it, becomes the objective.
+    ``lower_bound`` is -inf if none. A bound that differs from the objective by rounding only (`ROUNDING_SLACK` of the
+    sum of |W_ij| over the pruned channels, or above it by at most `OBJECTIVE_SLACK` of it) becomes the objective.
     """
 
     problem: str

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from grace_opt.engines.local import Engine, failed, run_one, runs
+from grace_opt.engines.local import outcomes
+from grace_opt.engines.outcome import Engine, failed, run_one
 from grace_opt.errors import InputError
 from grace_opt.problem import SubsetProblem
 from grace_opt.registry import create
 from grace_opt.solution import (
+    OBJECTIVE_SLACK,
     BoundKind,
     Limit,
     Limits,
@@ -25,10 +27,9 @@ from grace_opt.solution import (
     Solver,
     Status,
     relative_gap,
+    rounding_slack,
 )
 from grace_opt.versions import version_of_class, versions_of
-
-ROUNDING_SLACK = 1e-12
 
 
 def solve(
@@ -54,18 +55,18 @@ def solve(
     Raises:
         InputError: for an unknown solver or option, or a problem or warm start that the solver does not take.
     """
-    runner = _runner(solver, options)
+    solver = _solver(solver, options)
     limits = _checked_limits(limits)
     start = None
     if warm_start is not None:
-        if not runner.capabilities.warm_start:
-            raise InputError(f"solver {runner.name!r} takes no warm start; leave it out or choose another solver")
+        if not solver.capabilities.warm_start:
+            raise InputError(f"solver {solver.name!r} takes no warm start; leave it out or choose another solver")
         if not problem.is_feasible(warm_start):
             raise InputError(f"{problem.name}: the warm start is not a feasible selection")
         start = np.zeros(problem.n, bool)
         start[problem.indices(warm_start)] = True
-    _require_support(runner, problem)
-    return checked(problem, runner, limits, *run_one(runner, problem, limits, start))
+    _require_support(solver, problem)
+    return checked(problem, solver, limits, *run_one(solver, problem, limits, start))
 
 
 def solve_many(
@@ -90,7 +91,7 @@ def solve_many(
         isolate: run the solver in processes of its own. One that crashes makes a solution of status ``error``; one that
             does not return is killed when it is past its time limit by a fifth and two seconds, and makes one of
             status ``no_solution`` and limit ``time``. The other problems go on. Starting a process takes seconds.
-        engine: in place of ``workers`` and ``isolate``: where to solve, e.g. `grace_opt.engines.dask.Cluster.runs`.
+        engine: in place of ``workers`` and ``isolate``: where to solve, e.g. `grace_opt.engines.dask.Cluster.outcomes`.
         progress: called with each solution as it is finished, in this thread; their order is not that of the problems
             when there are several workers.
 
@@ -101,19 +102,19 @@ def solve_many(
         InputError: as `solve` does, before anything is solved.
         KeyboardInterrupt: after the problems that threads are at work on are finished; ``progress`` has had them.
     """
-    runner = _runner(solver, options)
+    solver = _solver(solver, options)
     limits = _checked_limits(limits)
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
     for problem in problems:
-        _require_support(runner, problem)
+        _require_support(solver, problem)
     if not problems:
         return []
     solutions: dict[int, Solution] = {}
-    engine = engine or partial(runs, workers=workers, isolate=isolate)
-    with closing(engine(runner, problems, limits)) as finished:
+    engine = engine or partial(outcomes, workers=workers, isolate=isolate)
+    with closing(engine(solver, problems, limits)) as finished:
         for index, raw, elapsed in finished:
-            solutions[index] = checked(problems[index], runner, limits, raw, elapsed)
+            solutions[index] = checked(problems[index], solver, limits, raw, elapsed)
             if progress is not None:
                 progress(solutions[index])
             if solutions[index].limit is Limit.INTERRUPTED:
@@ -121,7 +122,7 @@ def solve_many(
     return [solutions[index] for index in range(len(problems))]
 
 
-def _runner(solver: str | Solver, options: Mapping[str, Any] | None) -> Solver:
+def _solver(solver: str | Solver, options: Mapping[str, Any] | None) -> Solver:
     if isinstance(solver, str):
         return create(solver, options)
     if options:
@@ -142,24 +143,24 @@ def _checked_limits(limits: Limits | None) -> Limits:
     return limits
 
 
-def _require_support(runner: Solver, problem: SubsetProblem) -> None:
+def _require_support(solver: Solver, problem: SubsetProblem) -> None:
     try:
-        answer = runner.supports(problem)
+        answer = solver.supports(problem)
     except Exception as error:  # a third party's
-        raise InputError(f"solver {runner.name!r} failed to say whether it takes {problem.name}: {error!r}") from error
+        raise InputError(f"solver {solver.name!r} failed to say whether it takes {problem.name}: {error!r}") from error
     if answer is not True:
-        raise InputError(f"solver {runner.name!r} does not take {problem.name}: {answer or 'it says no'}")
+        raise InputError(f"solver {solver.name!r} does not take {problem.name}: {answer or 'it says no'}")
 
 
-def checked(problem: SubsetProblem, runner: Solver, limits: Limits, raw: RawResult, elapsed: int) -> Solution:
+def checked(problem: SubsetProblem, solver: Solver, limits: Limits, raw: RawResult, elapsed: int) -> Solution:
     """A solution from what the solver said, with everything that can be recomputed recomputed."""
     try:
-        return _recomputed(problem, runner, limits, raw, elapsed)
+        return _recomputed(problem, solver, limits, raw, elapsed)
     except Exception as error:  # a third party's result may hold anything
-        return _recomputed(problem, runner, limits, failed(TypeError(f"its result cannot be read: {error!r}")), elapsed)
+        return _recomputed(problem, solver, limits, failed(TypeError(f"its result cannot be read: {error!r}")), elapsed)
 
 
-def _recomputed(problem: SubsetProblem, runner: Solver, limits: Limits, raw: RawResult, elapsed: int) -> Solution:
+def _recomputed(problem: SubsetProblem, solver: Solver, limits: Limits, raw: RawResult, elapsed: int) -> Solution:
     warnings = [str(warning) for warning in raw.warnings]
     objective, pruned = math.nan, None
     lower_bound, bound_kind = float(raw.lower_bound), BoundKind(raw.bound_kind)
@@ -179,8 +180,8 @@ def _recomputed(problem: SubsetProblem, runner: Solver, limits: Limits, raw: Raw
         pruned = tuple(chosen.tolist())
         block = problem.weights[np.ix_(chosen, chosen)]
         objective = float(block.sum())
-        slack = ROUNDING_SLACK * float(np.abs(block).sum())
-        if abs(objective - lower_bound) <= slack or 0 < lower_bound - objective <= 1e-9 * abs(objective):
+        above = lower_bound - objective
+        if abs(above) <= rounding_slack(block) or 0 < above <= OBJECTIVE_SLACK * abs(objective):
             lower_bound = objective  # they differ by rounding
         elif lower_bound > objective:
             status = Status.NUMERICAL_ERROR
@@ -204,19 +205,19 @@ def _recomputed(problem: SubsetProblem, runner: Solver, limits: Limits, raw: Raw
         nodes=int(raw.nodes),
         iterations=int(raw.iterations),
         timing=dataclasses.replace(raw.timing, total=elapsed),
-        solver=runner.name,
-        solver_version=version_of_class(type(runner)),
+        solver=solver.name,
+        solver_version=version_of_class(type(solver)),
         seed=limits.seed,
         threads=limits.threads,
-        options=options_of(runner),
+        options=options_of(solver),
         warnings=tuple(warnings),
-        versions=versions_of(runner.capabilities.requires),
+        versions=versions_of(solver.capabilities.requires),
         trace=tuple((float(seconds), float(value), float(bound)) for seconds, value, bound in raw.trace),
     )
 
 
-def options_of(runner: Solver) -> dict[str, Any]:
+def options_of(solver: Solver) -> dict[str, Any]:
     """The resolved options of a solver, as its records show them."""
-    if not dataclasses.is_dataclass(runner):
+    if not dataclasses.is_dataclass(solver):
         return {}
-    return {f.name: getattr(runner, f.name) for f in dataclasses.fields(runner) if f.init}
+    return {f.name: getattr(solver, f.name) for f in dataclasses.fields(solver) if f.init}

@@ -41,7 +41,7 @@ def compare(
 ) -> None:
     """Run several solvers on the same heads; what the folder already has a record of is not run again."""
     sources = explain(ctx, talk.verbose)
-    from grace_opt.compare.compare import compare as run
+    from grace_opt.compare import compare as run
     from grace_opt.reports.tables import summary_columns, summary_row
 
     with progress(talk.quiet) as show, where.opened() as engine:

@@ -20,7 +20,7 @@ from grace_opt.cli.output import Format, hush_transformers, say
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
-    from grace_opt.engines.local import Engine
+    from grace_opt.engines.outcome import Engine
     from grace_opt.service.client import Client
     from grace_opt.solution import Limits
 
@@ -156,7 +156,7 @@ class EngineOptions:
         from grace_opt.engines.dask import Cluster
 
         with Cluster(self.scheduler, self.workers) as cluster:
-            yield cluster.runs
+            yield cluster.outcomes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Self
 
-from grace_opt.engines.local import Run, Supervisor, failed, is_batched
+from grace_opt.engines.outcome import Outcome, failed, is_batched
+from grace_opt.engines.supervisor import Supervisor
 from grace_opt.errors import InputError
 from grace_opt.problem import SubsetProblem
 from grace_opt.solution import Limits, RawResult, Solver
@@ -48,7 +49,6 @@ class Cluster:
         scheduler: address of a running Dask scheduler, e.g. ``tcp://10.0.0.1:8786``. None: start one in this process,
             with workers that are processes of this machine and talk TLS over its loopback.
         workers: how many to start; not for a running scheduler, which has its own.
-
     """
 
     def __init__(self, scheduler: str | None = None, workers: int = 1) -> None:
@@ -57,6 +57,7 @@ class Cluster:
         self.scheduler, self._workers = scheduler, workers
         self._local: LocalCluster | None = None
         self._client: Client | None = None
+        self._log_level: int | None = None  # of Dask, as it was found
         self._flying: dict[Future, Chunk] = {}
         self._landed: Queue[Future] = Queue()
         self._unsent: list[Chunk] = []  # for want of a scheduler
@@ -77,6 +78,9 @@ class Cluster:
                 with suppress(Exception):  # a scheduler that is gone is closed
                     closing.close(timeout=5)
         self._client = self._local = None
+        if self._log_level is not None:
+            logging.getLogger("distributed").setLevel(self._log_level)
+            self._log_level = None
 
     def room(self) -> int:
         """How many chunks can be added so that none waits behind another one. At least one worker is assumed."""
@@ -131,8 +135,10 @@ class Cluster:
                 del self._flying[future]
                 future.cancel()
 
-    def runs(self, solver: Solver, problems: Sequence[SubsetProblem], limits: Limits) -> Generator[Run, None, None]:
-        """The engine of `grace_opt.solve_many`: each problem's run as it is finished.
+    def outcomes(
+        self, solver: Solver, problems: Sequence[SubsetProblem], limits: Limits
+    ) -> Generator[Outcome, None, None]:
+        """The engine of `grace_opt.solve_many`: each problem's outcome as it is there.
 
         Raises InputError if the scheduler is lost.
         """
@@ -200,43 +206,59 @@ class Cluster:
         self._unsent = [*self._flying.values(), *self._unsent]  # what was in flight is lost with the scheduler
         self._flying = {}
         self.close()
-        import dask
-        from distributed import Client, LocalCluster, Security
-
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters of it, we say
-        dask.config.set(
-            {
-                "distributed.worker.daemon": False,
-                "distributed.worker.http.routes": [],
-                "distributed.scheduler.http.routes": [],
-                "distributed.comm.timeouts.connect": CONNECT_SECONDS,
-            }
-        )
-        if self.scheduler is None:
-            security = Security.temporary()
-            self._local = LocalCluster(
-                n_workers=self._workers,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                protocol="tls",
-                security=security,
-                dashboard_address="127.0.0.1:0",  # None would listen everywhere; without routes it says nothing
-                worker_dashboard_address="127.0.0.1:0",
-                silence_logs=logging.CRITICAL,
-            )
-            self._client = Client(self._local, set_as_default=False)
-            return
+        log = logging.getLogger("distributed")
+        self._log_level = log.level
+        log.setLevel(logging.CRITICAL)  # what matters of it, we say
         try:
-            self._client = Client(self.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-            theirs = self._client.run_on_scheduler(_own_versions)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise InputError(
-                f"no Dask scheduler answers at {self.scheduler} ({error or 'timeout'}); start one with dask scheduler"
-            ) from None
-        except ModuleNotFoundError:
-            theirs = {"grace-opt": "not installed"}
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        import dask
+        from distributed import Client
+
+        # What is made here, workers that are started later too, keeps these settings; those of the process stay.
+        settings = {
+            "distributed.worker.http.routes": [],
+            "distributed.scheduler.http.routes": [],
+            "distributed.comm.timeouts.connect": CONNECT_SECONDS,
+        }
+        with dask.config.set(settings):
+            if self.scheduler is None:
+                self._local = _local_cluster(self._workers)
+                self._client = Client(self._local, set_as_default=False)
+                return
+            try:
+                self._client = Client(self.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+                theirs = self._client.run_on_scheduler(_own_versions)
+            except (OSError, TimeoutError, ValueError) as error:
+                why = error or "timeout"
+                raise InputError(
+                    f"no Dask scheduler answers at {self.scheduler} ({why}); start one with dask scheduler"
+                ) from None
+            except ModuleNotFoundError:
+                theirs = {"grace-opt": "not installed"}
         _require_same("scheduler", self.scheduler, theirs)
+
+
+def _local_cluster(workers: int) -> LocalCluster:
+    """A scheduler in this process, and workers that are processes of this machine."""
+    from distributed import LocalCluster, Security
+
+    return LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=True,
+        host="127.0.0.1",
+        protocol="tls",
+        security=Security.temporary(),
+        dashboard_address="127.0.0.1:0",  # None would listen everywhere; without routes it says nothing
+        worker_dashboard_address="127.0.0.1:0",
+        scheduler_kwargs={"timeout": CONNECT_SECONDS},
+        silence_logs=logging.CRITICAL,
+    )
 
 
 def _parts(chunk: Chunk) -> list[Chunk]:

@@ -1,75 +1,21 @@
-"""Runs a solver on problems: one after the other, in a batch, in threads, or in processes that can be killed."""
+"""Solving in this process, one by one, in a batch or in threads; or in processes that can be killed."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed, wait
-from contextlib import suppress
-from dataclasses import replace
-from multiprocessing import current_process, get_context
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import Queue
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from grace_opt.problem import BoolArray, SubsetProblem
-from grace_opt.solution import BatchSolver, Limit, Limits, RawResult, Solver, Status
-
-if TYPE_CHECKING:
-    from pebble import ProcessPool
-
-PREPARATIONS = 3  #: how often a process may fail to load a solver before that is the problem's error
-
-#: index of the problem, what the solver said, nanoseconds
-Run = tuple[int, RawResult, int]
-
-#: another way to run a solver on problems: each problem's run as it is finished
-Engine = Callable[[Solver, Sequence[SubsetProblem], Limits], Generator[Run, None, None]]
+from grace_opt.engines.outcome import Outcome, is_batched, run_batch, run_one
+from grace_opt.engines.supervisor import Supervisor
+from grace_opt.problem import SubsetProblem
+from grace_opt.solution import BatchSolver, Limits, RawResult, Solver
 
 
-def run_one(
-    solver: Solver, problem: SubsetProblem, limits: Limits, warm_start: BoolArray | None = None
-) -> tuple[RawResult, int]:
-    """What the solver says and the nanoseconds it took; an exception in it is a result of status ``error``."""
-    began = time.perf_counter_ns()
-    try:
-        raw = solver.solve(problem, limits, warm_start, np.random.default_rng(limits.seed))
-    except Exception as error:  # a native or third-party solver may fail in any way; one head must not end a run
-        raw = failed(error)
-    return raw, time.perf_counter_ns() - began
-
-
-def run_batch(solver: BatchSolver, problems: Sequence[SubsetProblem], limits: Limits) -> list[tuple[RawResult, int]]:
-    """As `run_one`, all problems at once; each is given an equal share of the time."""
-    began = time.perf_counter_ns()
-    try:
-        raws = list(solver.solve_batch(problems, limits))
-        if len(raws) != len(problems):
-            raise ValueError(f"solve_batch returned {len(raws)} results for {len(problems)} problems")
-    except Exception as error:  # as above
-        raws = [failed(error)] * len(problems)
-    share = (time.perf_counter_ns() - began) // len(problems)
-    return [(raw, share) for raw in raws]
-
-
-def is_batched(solver: Solver) -> bool:
-    """Whether the solver takes many problems at once."""
-    return solver.capabilities.batched and isinstance(solver, BatchSolver)
-
-
-def failed(error: BaseException) -> RawResult:
-    """The result of a run that ended with an exception."""
-    return RawResult(None, status=Status.ERROR, raw_status=repr(error), warnings=(f"the solver failed: {error!r}",))
-
-
-def runs(
+def outcomes(
     solver: Solver, problems: Sequence[SubsetProblem], limits: Limits, *, workers: int, isolate: bool
-) -> Generator[Run, None, None]:
-    """Each problem's run as it is finished. Closing the iterator ends what is not finished."""
+) -> Generator[Outcome, None, None]:
+    """Each problem's outcome as it is there. Closing the iterator ends what is not finished."""
     # BLAS on several threads for matrices of a hundred rows is slower than on one, and many times so beside others.
     from threadpoolctl import threadpool_limits
 
@@ -88,7 +34,7 @@ def runs(
 
 def _in_threads(
     solver: Solver, problems: Sequence[SubsetProblem], limits: Limits, workers: int
-) -> Generator[Run, None, None]:
+) -> Generator[Outcome, None, None]:
     pool = ThreadPoolExecutor(workers)
     index_of = {pool.submit(run_one, solver, problem, limits): index for index, problem in enumerate(problems)}
     left = set(index_of)
@@ -108,7 +54,7 @@ def _in_threads(
 
 def _in_processes(
     solver: Solver, problems: Sequence[SubsetProblem], limits: Limits, workers: int
-) -> Generator[Run, None, None]:
+) -> Generator[Outcome, None, None]:
     parts = [list(range(len(problems)))] if is_batched(solver) else [[index] for index in range(len(problems))]
     supervisors: Queue[Supervisor] = Queue()
     for _ in range(workers):
@@ -132,138 +78,3 @@ def _in_processes(
         threads.shutdown(wait=False, cancel_futures=True)
         for each in everyone:
             each.stop()
-
-
-class Supervisor:
-    """A process that solves, one call at a time; killed when it is past its time limit, replaced when it is gone."""
-
-    def __init__(self) -> None:
-        self._pool: ProcessPool | None = None
-        self._ready: set[tuple[str, str, int]] = set()
-        self._stopped = False
-
-    def solve(self, solver: Solver, problems: Sequence[SubsetProblem], limits: Limits) -> list[tuple[RawResult, int]]:
-        """What the solver says of each problem, and nanoseconds; a batched solver has them all at once.
-
-        A problem whose process dies is tried a second time in a new one, then it is a result of status ``error``. One
-        that is still at work a fifth and two seconds past its time limit has status ``no_solution``, limit ``time``.
-        """
-        if is_batched(solver):
-            return self._supervised(solver, problems, limits)
-        return [pair for problem in problems for pair in self._supervised(solver, [problem], limits)]
-
-    @property
-    def stopped(self) -> bool:
-        """Whether it was stopped; then it solves no more."""
-        return self._stopped
-
-    def stop(self) -> None:
-        """Kill the process; a call that waits for it comes to its end."""
-        self._stopped = True
-        self._end()
-
-    def _supervised(
-        self, solver: Solver, problems: Sequence[SubsetProblem], limits: Limits
-    ) -> list[tuple[RawResult, int]]:
-        # joblib and concurrent.futures give up when a worker dies, and cannot end one that hangs; pebble can.
-        from pebble import ProcessExpired
-
-        began = time.perf_counter_ns()
-        try:
-            for attempt in (1, 2):
-                self._prepare(solver, limits)
-                began = time.perf_counter_ns()
-                try:
-                    done: list[tuple[RawResult, int]] = self._call(
-                        _work, (solver, problems, limits), _patience(limits, len(problems))
-                    )
-                    return done
-                except ProcessExpired:
-                    if attempt == 2 or self._stopped:
-                        raise
-            raise AssertionError
-        except TimeoutError:
-            warning = "the solver did not return at its time limit and was killed"
-            lost = RawResult(None, status=Status.NO_SOLUTION, limit=Limit.TIME, warnings=(warning,))
-            return [(lost, round(1e9 * (limits.time_limit or 0.0)))] * len(problems)
-        except ProcessExpired as error:
-            lost = failed(RuntimeError(f"its process died twice, with exit code {error.exitcode}"))
-        except (Exception, CancelledError) as error:  # what it said cannot be sent between processes; or stopped
-            lost = failed(error)
-        return [(lost, time.perf_counter_ns() - began)] * len(problems)
-
-    def _prepare(self, solver: Solver, limits: Limits) -> None:
-        """Start the process and let it load the solver, which is no problem's time and no problem's fault."""
-        from pebble import ProcessExpired
-
-        key = (type(solver).__qualname__, repr(solver), limits.threads)
-        for _ in range(PREPARATIONS):
-            if key in self._ready:
-                return
-            with suppress(TimeoutError, ProcessExpired):
-                self._call(_load, (solver, limits), 120.0)
-                self._ready.add(key)
-
-    def _call(self, function: Callable[..., Any], arguments: tuple[Any, ...], patience: float | None) -> Any:
-        from pebble import ProcessExpired, ProcessPool
-
-        if self._pool is None:
-            # A Dask worker is a daemonic process, which may not have children. Ours watch their parent: see _start.
-            current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-            # spawn: a fork would take over half the state of the threads of BLAS, OpenMP and torch
-            self._pool = ProcessPool(1, initializer=_start, initargs=(os.getpid(),), context=get_context("spawn"))
-        if self._stopped:
-            self._end()
-            raise CancelledError("stopped")
-        try:
-            future = self._pool.schedule(function, args=arguments, timeout=patience)
-            while not wait([future], 0.5).done:
-                if self._stopped:  # by another thread; a pool that was stopped says nothing of what it was at
-                    raise CancelledError("stopped")
-            return future.result()
-        except (TimeoutError, ProcessExpired):
-            self._end()
-            raise
-
-    def _end(self) -> None:
-        pool, self._pool = self._pool, None
-        self._ready.clear()
-        if pool is not None:
-            pool.stop()  # type: ignore[no-untyped-call]
-            pool.join()
-
-
-def _patience(limits: Limits, problems: int) -> float | None:
-    """Seconds after which a worker is killed: a fifth more than the limit, and two for what is not the solver's."""
-    return None if limits.time_limit is None else 1.2 * limits.time_limit * problems + 2.0
-
-
-def _work(solver: Solver, problems: Sequence[SubsetProblem], limits: Limits) -> list[tuple[RawResult, int]]:
-    if is_batched(solver) and isinstance(solver, BatchSolver):
-        return run_batch(solver, problems, limits)
-    return [run_one(solver, problem, limits) for problem in problems]
-
-
-def _start(parent: int) -> None:
-    """A process's first work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)  # a parent that was killed ends nobody, and a solver may have no time limit
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _load(solver: Solver, limits: Limits) -> None:
-    """Imports and compiled code are loaded, so that no problem's time has them in it."""
-    from threadpoolctl import threadpool_limits
-
-    signs = np.sign(np.random.default_rng(0).standard_normal((16, 16)))
-    small = SubsetProblem(signs + signs.T, 8)
-    # In a thread: a solver that never returns must not keep the process from starting.
-    first = threading.Thread(target=run_one, args=(solver, small, replace(limits, time_limit=5.0)), daemon=True)
-    first.start()
-    first.join(60)
-    threadpool_limits(limits.threads, user_api="blas")

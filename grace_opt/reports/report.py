@@ -45,8 +45,8 @@ def write_report(
     """Write the page of `grace_opt.compare`'s records; it needs no network and no other file.
 
     Args:
-        records: with the fields that `grace_opt.compare.compare.with_references` adds; at least one.
-        summary: the rows of `grace_opt.compare.compare.summarise`.
+        records: with the fields that `grace_opt.compare.with_references` adds; at least one.
+        summary: the rows of `grace_opt.compare.summarise`.
         problems: (bundle, head) -> its problem, for the channel graphs.
         run: the entry of run.json.
 

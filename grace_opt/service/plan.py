@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from grace_opt.compare.compare import Case, cases_of
+from grace_opt.compare import Instance, instances_of
 from grace_opt.graphs import GraphBundle, load_bundle
 from grace_opt.registry import create
 from grace_opt.service.db.blobs import BlobStore
@@ -23,26 +23,26 @@ class Work:
     bundle: GraphBundle
     limits: Limits
     solvers: list[Solver]
-    cases: list[Case]
-    equal: dict[str, list[Case]]  #: digest -> its cases: a problem may come at several ratios, or under several names
-    waiting: deque[tuple[Solver, list[Case]]] = field(default_factory=deque)
+    instances: list[Instance]
+    equal: dict[str, list[Instance]]  #: by digest: a problem may come at several ratios, or under several names
+    waiting: deque[tuple[Solver, list[Instance]]] = field(default_factory=deque)
     done: int = 0
 
     @property
     def total(self) -> int:
         """Records of the complete run."""
-        return len(self.cases) * len(self.solvers)
+        return len(self.instances) * len(self.solvers)
 
 
 def plan(blobs: BlobStore, request: Mapping[str, Any]) -> Work:
     """A request's heads and solvers. Raises InputError for whatever is wrong with it or with its bundle."""
     bundle = bundle_of(blobs, request["bundle"])
     solvers = [create(each["solver"], each["options"]) for each in request["solvers"]]
-    cases = cases_of({request["bundle"]: bundle}, request["ratios"], request["config"]["protect"])
+    instances = instances_of({request["bundle"]: bundle}, request["ratios"], request["config"]["protect"])
     equal = defaultdict(list)
-    for case in cases:
-        equal[case.digest].append(case)
-    return Work(request, bundle, Limits(**request["limits"]), solvers, cases, equal)
+    for instance in instances:
+        equal[instance.digest].append(instance)
+    return Work(request, bundle, Limits(**request["limits"]), solvers, instances, equal)
 
 
 def bundle_of(blobs: BlobStore, digest: str) -> GraphBundle:

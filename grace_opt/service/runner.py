@@ -11,19 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
-from grace_opt.compare.compare import Case, Index, limits_of, refusal, summarise, with_references
+from grace_opt.compare import Index, Instance, labelled, refusal, slack_of, summarise, with_references
 from grace_opt.engines.dask import Chunk, Cluster
 from grace_opt.errors import InputError
-from grace_opt.records import Record, added, budget_name
+from grace_opt.records import budget_name
 from grace_opt.service.db.database import Row, reason
 from grace_opt.service.db.storage import Storage
 from grace_opt.service.db.tables import State
 from grace_opt.service.masks import masks_of
 from grace_opt.service.plan import Work, plan
-from grace_opt.solution import Limits
 from grace_opt.solve import checked
 
 log = logging.getLogger("grace_opt.service")
@@ -126,23 +124,23 @@ class Runner(threading.Thread):
         have = {_key(record) for record in self.storage.records.all(run)}
         records: list[Row] = []
         for solver in work.solvers:
-            known = self.storage.records.known((case.digest for case in work.cases), solver.name)
+            known = self.storage.records.known((instance.digest for instance in work.instances), solver.name)
             index = Index(known, work.limits)
-            unsolved: dict[str, list[Case]] = {}
-            for case in work.cases:
-                if (budget_name({"ratio": case.ratio}), solver.name, case.problem.name) in have:
+            unsolved: dict[str, list[Instance]] = {}
+            for instance in work.instances:
+                if (budget_name({"ratio": instance.ratio}), solver.name, instance.problem.name) in have:
                     continue
-                found, refused = index.find(case, solver), refusal(solver, case.problem)
+                found, refused = index.find(instance, solver), refusal(solver, instance.problem)
                 if found is not None:
-                    records.append(_labelled(found, case, work.limits))
+                    records.append(labelled(found, instance, work.limits))
                     reused += 1
                 elif refused is not None:
-                    solution = checked(case.problem, solver, work.limits, refused, 0)
-                    records.append(_labelled(solution.record(), case, work.limits))
+                    solution = checked(instance.problem, solver, work.limits, refused, 0)
+                    records.append(labelled(solution.record(), instance, work.limits))
                 else:
-                    unsolved.setdefault(case.digest, []).append(case)
+                    unsolved.setdefault(instance.digest, []).append(instance)
             if unsolved:
-                work.waiting.append((solver, [cases[0] for cases in unsolved.values()]))
+                work.waiting.append((solver, [instances[0] for instances in unsolved.values()]))
         work.done = self.storage.records.add(run, records, reused) if records else len(have)
         if row["state"] == State.QUEUED:
             self.storage.runs.move(run, State.RUNNING)
@@ -153,28 +151,28 @@ class Runner(threading.Thread):
         turn = deque((run, work) for run, work in self._work.items() if work.waiting)
         while turn and self.cluster.room() > 0:
             run, work = turn.popleft()
-            solver, cases = work.waiting[0]
-            size = self.cluster.chunk_size(solver, cases[0].problem.n)
-            part, rest = cases[:size], cases[size:]
+            solver, instances = work.waiting[0]
+            size = self.cluster.chunk_size(solver, instances[0].problem.n)
+            part, rest = instances[:size], instances[size:]
             if rest:
                 work.waiting[0] = (solver, rest)
             else:
                 work.waiting.popleft()
             if work.waiting:
                 turn.append((run, work))
-            labels = [(run, work, case) for case in part]
-            self.cluster.add(Chunk(solver, [case.problem for case in part], work.limits, labels))
+            labels = [(run, work, instance) for instance in part]
+            self.cluster.add(Chunk(solver, [instance.problem for instance in part], work.limits, labels))
 
     def _collect(self) -> None:
         """Take what workers have finished."""
         for chunk, results in self.cluster.landed(0.2):
-            for (run, work, case), (raw, elapsed) in zip(chunk.labels, results, strict=True):
-                solution = checked(case.problem, chunk.solver, work.limits, raw, elapsed)
+            for (run, work, instance), (raw, elapsed) in zip(chunk.labels, results, strict=True):
+                solution = checked(instance.problem, chunk.solver, work.limits, raw, elapsed)
                 self.heads_solved[solution.solver, solution.status.value] += 1
                 self.seconds_solving[solution.solver] += elapsed / 1e9
                 record = solution.record()
                 if run in self._work:
-                    self._unsaved[run] += [_labelled(record, each, work.limits) for each in work.equal[case.digest]]
+                    self._unsaved[run] += [labelled(record, each, work.limits) for each in work.equal[instance.digest]]
 
     def _save(self) -> None:
         for run in list(self._unsaved):
@@ -206,22 +204,14 @@ class Runner(threading.Thread):
             return
         by_key = {_key(record): record for record in self.storage.records.all(run)}
         records = [
-            by_key[budget_name({"ratio": case.ratio}), solver.name, case.problem.name]
-            for case in work.cases
+            by_key[budget_name({"ratio": instance.ratio}), solver.name, instance.problem.name]
+            for instance in work.instances
             for solver in work.solvers
         ]
-        slack = {case.digest: 1e-12 * float(np.abs(case.problem.weights).sum()) for case in work.cases}
-        records = with_references(records, records, slack)
+        records = with_references(records, records, slack_of(work.instances))
         masks = masks_of(records, work.bundle, work.request["config"], self.storage.blobs)
         self.storage.runs.finish(run, records, masks, summarise(records))
         del self._work[run]
-
-
-def _labelled(record: Mapping[str, Any], case: Case, limits: Limits) -> Row:
-    """A record as one of a case: without what the records of another run said together."""
-    labels: dict[str, Any] = {"bundle": case.bundle, "ratio": case.ratio, "problem": case.problem.name}
-    bare = {name: value for name, value in record.items() if name not in added(Record)}
-    return {**bare, **labels, "limits": record.get("limits", limits_of(limits))}
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, str, str]:

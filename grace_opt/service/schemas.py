@@ -112,7 +112,7 @@ class Registration(Body):
 
 
 class SummaryRow(BaseModel):
-    """A solver of a run at one ratio; see `grace_opt.compare.compare.summarise`."""
+    """A solver of a run at one ratio; see `grace_opt.compare.summarise`."""
 
     bundle: Digest
     ratio: float

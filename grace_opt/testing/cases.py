@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from grace_opt.problem import BoolArray, FloatArray, SubsetProblem
-from grace_opt.solve import ROUNDING_SLACK
+from grace_opt.solution import OBJECTIVE_SLACK, ROUNDING_SLACK
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Case:
     @property
     def slack(self) -> float:
         """What rounding may cost: 1e-12 times the sum of |W_ij| over the free channels, plus 1e-9 of the optimum."""
-        return ROUNDING_SLACK * free_magnitude(self.problem) + 1e-9 * abs(self.optimum)
+        return ROUNDING_SLACK * free_magnitude(self.problem) + OBJECTIVE_SLACK * abs(self.optimum)
 
 
 def problems() -> list[Case]:

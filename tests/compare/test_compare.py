@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import grace_opt.compare.compare
+import grace_opt.compare.run
 from grace_opt import BoundKind, GraphBundle, HeadGraph, InputError, Limit, Limits, SubsetProblem, save_bundle
 from grace_opt.cli.config import named_options
-from grace_opt.compare.compare import compare, shifted_geometric_mean, stands, summarise, with_references
+from grace_opt.compare import compare, shifted_geometric_mean, stands, summarise, with_references
 from grace_opt.registry import create
 from grace_opt.reports.report import gap_over_time, over_best, own_gap, performance_profile, steps
 from grace_opt.solution import Capabilities, RawResult
@@ -71,7 +71,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[SubsetProbl
     def use(behave: Callable[[SubsetProblem], RawResult]) -> None:
         solver = Scripted(behave)
         monkeypatch.setattr(
-            grace_opt.compare, "create", lambda name, options: solver if name == "scripted" else create(name, options)
+            grace_opt.compare.run,
+            "create",
+            lambda name, options: solver if name == "scripted" else create(name, options),
         )
 
     return use
@@ -209,13 +211,13 @@ def test_bad_input_is_one_sentence_and_nothing_is_run(small: Path, tmp_path: Pat
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """(solver, problem, prune) of each head that is really solved."""
     solved: list[tuple[str, str, int]] = []
-    original = grace_opt.compare.solve_many
+    original = grace_opt.compare.run.solve_many
 
     def counting(problems: Any, solver: Any, **more: Any) -> Any:
         solved.extend((solver.name, problem.name, problem.prune) for problem in problems)
         return original(problems, solver, **more)
 
-    monkeypatch.setattr(grace_opt.compare, "solve_many", counting)
+    monkeypatch.setattr(grace_opt.compare.run, "solve_many", counting)
     return solved
 
 
@@ -348,7 +350,7 @@ def test_a_torn_last_line_is_dropped(small: Path, tmp_path: Path, cut: int) -> N
     [
         (lambda line: "not JSON", "line 3, is not a record"),
         (lambda line: line[: len(line) // 2], "line 3, is not a record"),
-        (lambda line: "{}", "line 3, is not a record (bundle: "),
+        (lambda line: "{}", "line 3, is not a record (problem: "),
         (lambda line: "", "line 3, is not a record"),
         (lambda line: line.replace('"objective": ', '"objective": "x", "was": '), "(objective: "),
         (lambda line: line.replace('"objective": ', '"objective": NaN, "was": '), "line 3, is not a record"),

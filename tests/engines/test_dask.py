@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask.config
 import psutil
 import pytest
 
@@ -54,20 +57,20 @@ def test_the_selections_are_those_of_this_process(local: Cluster, solver: str) -
     heads = load_bundle(HEADS).problems(0.6)
     expected = [solution.pruned for solution in solve_many(heads, solver)]
     seen: list[str] = []
-    solutions = solve_many(heads, solver, engine=local.runs, progress=lambda s: seen.append(s.problem))
+    solutions = solve_many(heads, solver, engine=local.outcomes, progress=lambda s: seen.append(s.problem))
     assert [solution.pruned for solution in solutions] == expected
     assert sorted(seen) == sorted(head.name for head in heads)
 
 
 @pytest.mark.parametrize(("fault", "said"), [("crash", "exit code -11"), ("exit", "exit code 3"), ("raise", "native")])
 def test_a_solver_that_dies_twice_is_an_error_of_its_head(local: Cluster, fault: str, said: str) -> None:
-    solutions = solve_many(problems(), FaultySolver(fault), engine=local.runs)
+    solutions = solve_many(problems(), FaultySolver(fault), engine=local.outcomes)
     assert [s.status for s in solutions] == [Status.FEASIBLE, Status.ERROR, Status.FEASIBLE, Status.FEASIBLE]
     assert said in solutions[1].warnings[0]
 
 
 def test_a_solver_that_hangs_is_killed_at_its_time_limit(local: Cluster) -> None:
-    solutions = solve_many(problems(), FaultySolver("hang"), limits=Limits(time_limit=0.3), engine=local.runs)
+    solutions = solve_many(problems(), FaultySolver("hang"), limits=Limits(time_limit=0.3), engine=local.outcomes)
     assert [s.status for s in solutions] == [Status.FEASIBLE, Status.NO_SOLUTION, Status.FEASIBLE, Status.FEASIBLE]
     assert solutions[1].limit is Limit.TIME
 
@@ -79,7 +82,7 @@ def test_what_is_dropped_is_killed(local: Cluster) -> None:
     time.sleep(1.0)
     local.drop(lambda chunk: True)
     expected = [s.pruned for s in solve_many(heads, FaultySolver())]
-    assert [s.pruned for s in solve_many(heads, FaultySolver(), engine=local.runs)] == expected
+    assert [s.pruned for s in solve_many(heads, FaultySolver(), engine=local.outcomes)] == expected
 
 
 def test_a_worker_that_is_killed_has_its_work_done_by_another(local: Cluster) -> None:
@@ -101,7 +104,7 @@ def test_a_cluster_of_other_processes(scheduler: str, tmp_path: Path) -> None:
     heads = load_bundle(HEADS).problems(0.6)
     with Cluster(scheduler) as cluster:
         expected = [s.pruned for s in solve_many(heads, "greedy")]
-        assert [s.pruned for s in solve_many(heads, "greedy", engine=cluster.runs)] == expected
+        assert [s.pruned for s in solve_many(heads, "greedy", engine=cluster.outcomes)] == expected
     command = [sys.executable, "-m", "grace_opt", "solve", str(HEADS), "--ratio", "0.6", "--solver", "greedy"]
     command += ["-o", str(tmp_path / "mask"), "--engine", "dask", "--scheduler", scheduler, "--readout", "none"]
     done = subprocess.run([*command, "-f", "json"], capture_output=True, check=False)
@@ -113,9 +116,21 @@ def test_a_cluster_of_other_processes(scheduler: str, tmp_path: Path) -> None:
         assert {record["status"] for record in client.records(run.id)} == {"optimal"}
 
 
+def test_the_settings_of_dask_and_of_its_log_are_left_as_they_were() -> None:
+    before, log = copy.deepcopy(dask.config.config), logging.getLogger("distributed")
+    level = log.level
+    with Cluster(workers=1) as cluster:
+        assert dask.config.config == before
+        assert [s.status for s in solve_many(problems(), "greedy", engine=cluster.outcomes)] == [Status.FEASIBLE] * 4
+    assert dask.config.config == before
+    assert log.level == level
+
+
 def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grace_opt.engines.dask.CONNECT_SECONDS", 1.0)
+    level = logging.getLogger("distributed").level
     with pytest.raises(InputError, match="no Dask scheduler answers at tcp://127.0.0.1:1 .*dask scheduler"):
         Cluster("tcp://127.0.0.1:1").connect()
+    assert logging.getLogger("distributed").level == level
     with pytest.raises(InputError, match="workers must be at least 1"):
         Cluster(workers=0)

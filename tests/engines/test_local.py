@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from grace_opt import InputError, SubsetProblem, solve, solve_many
-from grace_opt.engines.local import Supervisor
+from grace_opt.engines.supervisor import Supervisor
 from grace_opt.solution import Limit, Limits, Status
 from tests.support.faulty import FaultySolver, ShortBatchSolver, SlowSolver, problems
 

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from grace_opt import GraphBundle, HeadGraph, load_bundle, save_bundle
-from grace_opt.compare.compare import Comparison, compare
+from grace_opt.compare import Comparison, compare
 from grace_opt.reports.report import SHOWN_HEADS, channel_graph, report_data
 from tests.support import DATA
 from tests.support.browser import chromium_path

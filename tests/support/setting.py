@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from grace_opt.engines.dask import Chunk, Cluster
-from grace_opt.engines.local import run_one
+from grace_opt.engines.outcome import run_one
 from grace_opt.service.db.storage import Storage
 from grace_opt.service.http.app import create_app
 from grace_opt.service.http.state import Service

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Redirect
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from grace_opt.compare.compare import summarise, with_references
+from grace_opt.compare import summarise, with_references
 from grace_opt.reports.report import page_sections, report_data
 from grace_opt.service.db.database import Row
 from grace_opt.service.db.tables import UNFINISHED, State

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grace_opt.compare.compare import summarise, with_references
+from grace_opt.compare import summarise, with_references
 from grace_opt.engines.dask import Cluster
 from grace_opt.errors import InputError
 from grace_opt.files import file_sha256

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import text
 
 from grace_opt import InputError, load_bundle, solve_many
-from grace_opt.compare.compare import limits_of
+from grace_opt.compare import limits_of
 from grace_opt.service.db.records import recipe
 from grace_opt.service.db.runs import QueueFullError
 from grace_opt.service.db.storage import Storage, opened
