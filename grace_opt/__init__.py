@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grace_opt import runtime as runtime
-    from grace_opt.compression.mask import KVMask, load_mask, mask_from_solutions, save_mask
+    from grace_opt.compression.apply import mask_from_solutions, problems_of
+    from grace_opt.compression.budget import Budget
+    from grace_opt.compression.mask import KVMask
+    from grace_opt.compression.mask_file import load_mask, save_mask
+    from grace_opt.compression.method import METHODS, Method
     from grace_opt.errors import InputError
     from grace_opt.graphs import GraphBundle, HeadGraph, Protection, load_bundle, salient_channels, save_bundle
     from grace_opt.graphs.calibrate import Calibration, calibrate
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "BoundKind",
+    "Budget",
     "Calibration",
     "GraphBundle",
     "HeadGraph",
@@ -32,6 +38,7 @@ __all__ = [
     "KVMask",
     "Limit",
     "Limits",
+    "Method",
     "Protection",
     "Solution",
     "Status",
@@ -43,6 +50,7 @@ __all__ = [
     "load_mask",
     "load_model",
     "mask_from_solutions",
+    "problems_of",
     "salient_channels",
     "save_bundle",
     "save_mask",
@@ -52,7 +60,11 @@ __all__ = [
 
 #: module -> what is exported of it; tests/test_import.py checks it against __all__
 _EXPORTS = {
-    "compression.mask": ("KVMask", "load_mask", "mask_from_solutions", "save_mask"),
+    "compression.apply": ("mask_from_solutions", "problems_of"),
+    "compression.budget": ("Budget",),
+    "compression.mask": ("KVMask",),
+    "compression.mask_file": ("load_mask", "save_mask"),
+    "compression.method": ("METHODS", "Method"),
     "errors": ("InputError",),
     "graphs": ("GraphBundle", "HeadGraph", "Protection", "load_bundle", "salient_channels", "save_bundle"),
     "graphs.calibrate": ("Calibration", "calibrate"),

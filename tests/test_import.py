@@ -37,7 +37,7 @@ def test_the_command_line_answers_without_loading_what_computes(arguments: str) 
 
 def test_importing_the_front_end_loads_neither_torch_nor_a_solver() -> None:
     heavy = HEAVY[: HEAVY.index("numpy")]
-    code = "from grace_opt import solve, load_bundle, load_mask, calibrate, load_model, Limits; import sys; "
+    code = "from grace_opt import solve, load_bundle, calibrate, load_model, Limits, Budget, METHODS; import sys; "
     assert run(code + f"print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
 
 

@@ -31,10 +31,21 @@ from grace_opt.errors import InputError
 HELP = "Choose which channels of a key/value cache to drop, prove how good the choice is, and apply it."
 
 #: In the order in which --help lists them.
-COMMANDS: tuple[Callable[..., None], ...] = (
-    *(calibrate, solve, compare, generate, evaluate, methods, solvers, demo),
-    *(serve, worker, submit, status, fetch),
-)
+COMMANDS: list[Callable[..., None]] = [
+    calibrate,
+    solve,
+    compare,
+    generate,
+    evaluate,
+    methods,
+    solvers,
+    demo,
+    serve,
+    worker,
+    submit,
+    status,
+    fetch,
+]
 
 
 def _print_version(asked: bool) -> None:
@@ -63,8 +74,9 @@ app = typer.Typer(
 for command in COMMANDS:
     app.command()(grouped(command))
 group = typer.Typer(name="keys", help="Make, list and remove the API keys of a service.", rich_markup_mode=None)
-for name, key_command in {"add": keys.add, "list": keys.show, "remove": keys.remove}.items():
-    group.command(name)(grouped(key_command))
+group.command("add")(grouped(keys.add))
+group.command("list")(grouped(keys.show))
+group.command("remove")(grouped(keys.remove))
 app.add_typer(group)
 
 

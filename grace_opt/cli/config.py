@@ -108,11 +108,12 @@ def config_callback(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def own_options(flag: str, pairs: Iterable[str]) -> dict[str, str]:
-    """Option -> value, from the OPTION=VALUE pairs of a flag. Raises InputError."""
+def own_options(flag: str, pairs: Iterable[str], name: str) -> dict[str, str]:
+    """Option -> value, from the OPTION=VALUE pairs of a flag; NAME.OPTION=VALUE is read too. Raises InputError."""
     options = {}
     for pair in pairs:
-        option, equals, value = pair.partition("=")
+        left, equals, value = pair.partition("=")
+        option = left.removeprefix(f"{name}.")
         if not equals or not option:
             raise InputError(f"{flag} takes NAME=VALUE, got {pair!r}")
         options[option] = value

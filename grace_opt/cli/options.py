@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from grace_opt.cli.config import config_callback
+from grace_opt.cli.config import config_callback, own_options
 from grace_opt.cli.output import Format, hush_transformers, say
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
+    from grace_opt.compression.budget import Budget
+    from grace_opt.compression.method import Method
     from grace_opt.engines.outcome import Engine
     from grace_opt.service.client import Client
     from grace_opt.solution import Limits
@@ -109,6 +111,73 @@ class Talk:
         """Print a sentence on stderr, unless the user wants quiet."""
         if not self.quiet:
             say(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodOptions:
+    """By which method the channels of a bundle are chosen; the single options override what it says."""
+
+    method: Annotated[str, option("--method", help="Method name; grace-opt methods lists them.")] = "grace-opt"
+    method_option: Annotated[
+        list[str] | None, option("--method-option", help="OPTION=VALUE, an option of the method; repeatable.")
+    ] = None
+    budget: Annotated[
+        str | None,
+        option("--budget", help="uniform: each head prunes the same; shared: the heads share a total; as the method."),
+    ] = None
+    floor: Annotated[
+        int | None, option("--floor", help="Channels that each head keeps at least, in a shared budget; as the method.")
+    ] = None
+    align: Annotated[
+        int | None,
+        option("--align", help="Each head keeps a multiple of so many channels; 8 or 16 suits GPUs; as the method."),
+    ] = None
+    protect: Annotated[
+        bool | None,
+        option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them; as the method."),
+    ] = None
+
+    def given(self, **more: Any) -> dict[str, Any]:
+        """The method's options that were given: by --method-option, by an option of their own, or in ``more``.
+
+        None in ``more`` was not given. Raises InputError for what is given twice.
+        """
+        given: dict[str, Any] = dict(own_options("--method-option", self.method_option or [], self.method))
+        single = {"budget": self.budget, "floor": self.floor, "align": self.align, **more}
+        if self.protect is not None:
+            single["protection"] = "default" if self.protect else "none"
+        for name, value in single.items():
+            if value is not None and name in given:
+                raise InputError(f"--method-option {name} and an option of its own say the same; give one of them")
+        return given | {name: value for name, value in single.items() if value is not None}
+
+    def made(self, given: Mapping[str, Any], budgets: Sequence[Budget]) -> Method:
+        """The method with these options. Raises InputError for one that is unknown, wrong or without effect."""
+        from grace_opt.compression.method import method
+
+        if given.get("budget", "shared") not in ("uniform", "shared"):
+            raise InputError(f"the budget must be uniform or shared, got {given['budget']!r}")
+        made = method(self.method, given)
+        _require_effect(made, given, budgets)
+        return made
+
+
+#: Options of a method that say how a prompt is compressed, where a bundle says it already.
+_OF_PROMPTS = ("objective", "value_objective", "prunable_only", "solver", "tokens", "token_options", "token_share")
+
+
+def _require_effect(method: Method, given: Collection[str], budgets: Sequence[Budget]) -> None:
+    """Refuse options that would be without effect."""
+    for name in _OF_PROMPTS:
+        if name in given:
+            cure = "give --solver" if name == "solver" else "calibrate, evaluate and generate have it"
+            raise InputError(f"the method's option {name} is for prompts, and has no effect on a bundle; {cure}")
+    kind = method.sharing.budget
+    for name, needed in {"floor": "shared", "value_weight": "shared", "rounding": "uniform"}.items():
+        if name in given and kind != needed:
+            raise InputError(f"{name} has no effect in a {kind} budget; leave it out, or give --budget {needed}")
+    if "value_weight" in given and all(each.bytes_per_token is None for each in budgets):
+        raise InputError("value_weight has no effect on ratios; leave it out, or give --budget-bytes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,8 @@ from grace_opt.cli.options import (
     BundleArgument,
     EngineOptions,
     LimitOptions,
+    MethodOptions,
     OutputFolder,
-    ProtectOption,
-    SolverOption,
     Talk,
     option,
 )
@@ -23,8 +22,8 @@ from grace_opt.cli.provenance import explain, write_run
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
-    from grace_opt.graphs import GraphBundle
-    from grace_opt.problem import SubsetProblem
+    from grace_opt.compression.budget import Budget
+    from grace_opt.compression.method import Method
     from grace_opt.solution import Solution
 
 
@@ -46,22 +45,17 @@ def solve(
             help="In place of ratios: bytes that an old token's keys and values may take in all layers, at 16 bits.",
         ),
     ] = None,
-    budget: Annotated[
-        str, option("--budget", help="uniform: each head prunes the same; shared: the heads share a total.")
-    ] = "uniform",
-    floor: Annotated[int, option("--floor", help="Channels that each head keeps at least, in a shared budget.")] = 4,
-    align: Annotated[
-        int, option("--align", help="Each head keeps a multiple of so many channels; 8 or 16 suits GPUs.")
-    ] = 1,
+    choice: MethodOptions,
     readout: Annotated[
-        str,
+        str | None,
         option("--readout", help="Estimate dropped channels: prefill (fitted to each prompt), static, or none."),
-    ] = "prefill",
-    solver: SolverOption = "auto",
+    ] = None,
+    solver: Annotated[
+        str | None, option("--solver", help="Solver name; grace-opt solvers lists them; the method's if left out.")
+    ] = None,
     solver_option: Annotated[
         list[str] | None, option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")
     ] = None,
-    protect: ProtectOption = True,
     recent_window: Annotated[
         int | None, typer.Option("--recent-window", help="Of the mask; the graphs' own if left out.")
     ] = None,
@@ -75,21 +69,22 @@ def solve(
 ) -> None:
     """Choose the channels to prune in every head of a bundle, and write the mask."""
     sources = explain(ctx, talk.verbose)
-    from grace_opt.compression.mask import mask_from_solutions, save_mask
-    from grace_opt.compression.readout import SCOPES
+    from grace_opt.compression.apply import mask_from_solutions, problems_of
+    from grace_opt.compression.mask_file import save_mask
     from grace_opt.files import check_writable
     from grace_opt.graphs import load_bundle
     from grace_opt.registry import create
-    from grace_opt.reports.tables import by_layer
     from grace_opt.solve import solve_many
 
-    chosen = create(solver, own_options("--solver-option", solver_option or []))
+    asked = _budget(ratio, value_ratio, budget_bytes)
+    given = choice.given(offline_solver=solver, recent_window=recent_window, sinks=sinks)
+    method = choice.made(given, [asked])
+    _require_readout(readout, method, choice.method)
+    name = method.selection.offline_solver
+    chosen = create(name, own_options("--solver-option", solver_option or [], name))
     graphs = load_bundle(bundle)
-    problems = _allotted(
-        graphs, ratio, value_ratio, budget_bytes, {"budget": budget, "floor": floor, "align": align}, protect
-    )
-    if readout not in SCOPES:
-        raise InputError(f"the read-out must be one of {', '.join(SCOPES)}, got {readout!r}")
+    if value_ratio and all(head.kind == "key" for head in graphs.heads):
+        raise InputError(f"{bundle} has no graphs of values for --value-ratio; calibrate with --value-objective")
     check_writable(output / "kv_mask.json")
     finished: list[Solution] = []
 
@@ -99,7 +94,9 @@ def solve(
         return records
 
     with progress(talk.quiet) as show:
-        show(f"{solver}, heads", 0, len(problems))
+        show("budgets of the heads")
+        problems = problems_of(graphs, method, asked)
+        show(f"{name}, heads", 0, len(problems))
 
         def note(solution: Solution) -> None:
             finished.append(solution)
@@ -124,38 +121,44 @@ def solve(
                 say(f"{heads} were finished; their records are in {output}, no mask is")
             raise
     records = write_records(solutions)
-    mask = mask_from_solutions(graphs, solutions, recent_window=recent_window, sinks=sinks, readout=readout)
-    save_mask(mask, output)
-    if talk.format is Format.JSON:
-        print_records(records, talk.format)
-        return
-    if talk.verbose:
+    windows = {name: getattr(method.windows, name) for name in ("recent_window", "sinks") if name in given}
+    save_mask(mask_from_solutions(graphs, solutions, method, readout_scope=readout or "prefill", **windows), output)
+    _print(records, talk)
+    if talk.format is Format.TABLE:
+        talk.say(f"mask written to {output}")
+
+
+def _print(records: list[dict[str, Any]], talk: Talk) -> None:
+    """As JSON, a row for each head, or a row for each layer."""
+    from grace_opt.reports.tables import by_layer
+
+    if talk.format is Format.JSON or talk.verbose:
         columns = ["problem", "n", "prune", "status", "objective", "lower_bound", "gap", "limit"]
         print_records(records, talk.format, columns)
     else:
         print_records(by_layer(records), talk.format)
-    talk.say(f"mask written to {output}")
 
 
-def _allotted(
-    graphs: GraphBundle,
-    ratio: float | None,
-    value_ratio: float | None,
-    budget_bytes: float | None,
-    sharing: dict[str, Any],
-    protect: bool,
-) -> list[SubsetProblem]:
-    """The problems of a bundle under the budget that was asked for."""
-    from grace_opt.compression.budget import Budget, Sharing, problems_of
+def _budget(ratio: float | None, value_ratio: float | None, budget_bytes: float | None) -> Budget:
+    from grace_opt.compression.budget import Budget
 
-    if sharing["budget"] not in ("uniform", "shared"):
-        raise InputError(f"the budget must be uniform or shared, got {sharing['budget']!r}")
     if (ratio is None) == (budget_bytes is None):
         raise InputError("give either --ratio or --budget-bytes")
-    if ratio is None:
-        if value_ratio is not None:
-            raise InputError("--value-ratio goes with --ratio; --budget-bytes shares its bytes between keys and values")
-        asked = Budget(bytes_per_token=budget_bytes)
-    else:
-        asked = Budget(ratio, ratio if value_ratio is None else value_ratio)
-    return problems_of(graphs, asked, Sharing(**sharing), protect=protect)
+    if ratio is not None:
+        return Budget(ratio, ratio if value_ratio is None else value_ratio)
+    if value_ratio is not None:
+        raise InputError("--value-ratio goes with --ratio; --budget-bytes shares its bytes between keys and values")
+    return Budget(bytes_per_token=budget_bytes)
+
+
+def _require_readout(scope: str | None, method: Method, name: str) -> None:
+    """Refuse a scope of the read-out that there is not, or that this method has no use for."""
+    from grace_opt.compression.readout import READOUT_SCOPES
+
+    if scope not in (None, *READOUT_SCOPES):
+        raise InputError(f"the read-out must be one of {', '.join(READOUT_SCOPES)}, got {scope!r}")
+    if scope not in (None, "none") and method.readout.readout_fit == "none":
+        raise InputError(
+            f"the method {name!r} has no read-out; leave --readout out, or say which with "
+            "--method-option readout_fit=attention"
+        )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +20,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from grace_opt import load_bundle, load_mask, registry
+from grace_opt import KVMask, load_bundle, load_mask, registry
 from grace_opt.cli import main
+from grace_opt.compression.apply import problems_of
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.method import METHODS, Windows
 from tests.support import DATA
 from tests.support.families import tiny_model
 
@@ -39,12 +43,13 @@ def cli(
     )
 
 
-def inside(*arguments: Any, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def inside(*arguments: Any, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """As `cli`, in this process: importing torch and transformers takes seconds."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["grace-opt", *map(str, arguments)]),
         mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        mock.patch.dict(os.environ, environment),
         redirect_stdout(out),
         redirect_stderr(err),
         pytest.raises(SystemExit) as ended,
@@ -96,9 +101,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WORDS = " ".join(f"w{4 + i * 7 % 95}" for i in range(400))
 
 
+UNIFORM = ("--budget", "uniform", "--protect")
+
+
 def test_solve_writes_a_mask_and_prints_records(whole_heads: Path, tmp_path: Path) -> None:
     found = records(
-        cli("solve", whole_heads, "--ratio", 0.6, "--solver", "greedy", "-o", "m", "-f", "json", cwd=tmp_path)
+        cli("solve", whole_heads, "--ratio", 0.6, "--solver", "greedy", *UNIFORM, "-o", "m", "-f", "json", cwd=tmp_path)
     )
     heads = {head.name: head for head in load_bundle(whole_heads).heads}
     assert [record["problem"] for record in found] == list(heads)
@@ -115,57 +123,135 @@ def test_solve_writes_a_mask_and_prints_records(whole_heads: Path, tmp_path: Pat
     assert provenance["command"][:2] == ["grace-opt", "solve"]
     assert provenance["options"]["ratio"] == {"value": 0.6, "source": "flag"}
     assert provenance["seed"] == 0
-    base = ("solve", whole_heads, "--ratio", 0.6, "-o", tmp_path / "m", "-f", "json")
+    base = ("solve", whole_heads, "--ratio", 0.6, *UNIFORM, "-o", tmp_path / "m", "-f", "json")
     again = records(cli(*base, "--solver", "greedy", PYTHONHASHSEED="7"))
     assert [r["pruned"] for r in again] == [r["pruned"] for r in found]
-    best = records(cli(*base, "--workers", 2, "--engine", "local"))  # auto, in threads
+    best = records(inside(*base, "--workers", 2, "--engine", "local"))  # auto, in threads
     assert {(r["solver"], r["status"], r["bound_kind"]) for r in best} == {("auto", "optimal", "proven")}
     assert all(b["objective"] <= f["objective"] for b, f in zip(best, found, strict=True))
     assert best[0]["raw_status"] == "chose branch-and-bound: 64 nodes to decide"
 
 
 def test_tables_and_lists(whole_heads: Path, tmp_path: Path) -> None:
-    table = cli("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m")
+    table = inside("solve", whole_heads, "--ratio", 0.5, "--budget", "uniform", "-o", tmp_path / "m")
     assert "layers.28" in table.stdout
     assert "32 of 64" in table.stdout
     assert "mask written to" in table.stderr
-    assert cli("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "-q").stderr == ""
-    verbose = cli("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "-v")
+    assert inside("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "-q").stderr == ""
+    verbose = inside("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "-v")
     assert "layers.28.kv_heads.2.key" in verbose.stdout
     assert "ratio = 0.5 (flag)" in verbose.stderr
-    listed = records(cli("solvers", "-f", "json"))
+    listed = records(inside("solvers", "-f", "json"))
     assert [record["solver"] for record in listed] == [info.name for info in registry.solvers()]
-    assert "MIES" in cli("solvers").stdout
+    assert "MIES" in inside("solvers").stdout
     for command in ("calibrate", "solve", "compare", "generate", "solvers", "demo"):
-        assert cli(command, "--help").returncode == 0
+        assert inside(command, "--help").returncode == 0
 
 
 def test_where_options_come_from(whole_heads: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
-    config.write_text('[method]\nratio = 0.25\nprotect = false\n[solver]\nsolver = "independent"\nseed = 3\n')
+    config.write_text(
+        '[method]\nratio = 0.25\nbudget = "uniform"\nprotect = false\n[solver]\nsolver = "independent"\nseed = 3\n'
+    )
     base = ("solve", whole_heads, "-o", tmp_path / "m", "-f", "json")
-    in_file = records(cli(*base, "--config", config))[0]
+    in_file = records(inside(*base, "--config", config))[0]
     assert (in_file["prune"], in_file["solver"], in_file["seed"]) == (16, "independent", 3)
-    in_environment = records(cli(*base, "--config", config, GRACE_OPT_RATIO="0.5"))[0]
+    in_environment = records(inside(*base, "--config", config, GRACE_OPT_RATIO="0.5"))[0]
     assert (in_environment["prune"], in_environment["solver"]) == (32, "independent")
-    by_flag = records(cli(*base, "--config", config, "--ratio", 0.75, "--solver", "greedy", GRACE_OPT_RATIO="0.5"))[0]
+    by_flag = records(inside(*base, "--config", config, "--ratio", 0.75, "--solver", "greedy", GRACE_OPT_RATIO="0.5"))[
+        0
+    ]
     assert (by_flag["prune"], by_flag["solver"], by_flag["seed"]) == (48, "greedy", 3)
-    said = cli(*base, "-v", GRACE_OPT_CONFIG=str(config), GRACE_OPT_SEED="5").stderr
+    said = inside(*base, "-v", GRACE_OPT_CONFIG=str(config), GRACE_OPT_SEED="5").stderr
     for line in ("ratio = 0.25 (config file)", "seed = 5 (environment)", "threads = 1 (default)"):
         assert line in said
     config.write_text("[solver]\nsovler = 'greedy'\n")
-    assert "solver.sovler; did you mean 'solver'" in sentence(cli(*base, "--config", config))
+    assert "solver.sovler; did you mean 'solver'" in sentence(inside(*base, "--config", config))
     config.write_text("[sol]\nx = 1\n")
-    assert "no table [sol]" in sentence(cli(*base, "--config", config))
+    assert "no table [sol]" in sentence(inside(*base, "--config", config))
     config.write_text("[solver\n")
-    assert "not TOML" in sentence(cli(*base, "--config", config))
+    assert "not TOML" in sentence(inside(*base, "--config", config))
+
+
+def windows(mask: KVMask) -> Windows:
+    """Of a mask's first layer."""
+    return next(iter(mask.plan.layers.values())).windows
+
+
+def test_methods_and_their_options(whole_heads: Path, tmp_path: Path) -> None:
+    listed = {record.pop("method"): record for record in records(inside("methods", "-f", "json"))}
+    assert set(listed) == set(METHODS)
+    for name, parts in listed.items():
+        assert parts == json.loads(json.dumps(asdict(METHODS[name])))
+    table = inside("methods").stdout
+    assert all(name in table for name in METHODS)
+
+    base = ("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "-f", "json")
+    bundle, budget = load_bundle(whole_heads), Budget(0.5, 0.5)
+    for name in ("think", "grace", "grace-opt"):
+        found = records(inside(*base, "--method", name))
+        asked = problems_of(bundle, METHODS[name], budget)
+        assert [r["digest"] for r in found] == [p.digest() for p in asked]  # of weights, count, protected channels
+        assert {r["solver"] for r in found} == {METHODS[name].selection.offline_solver}
+        mask = load_mask(tmp_path / "m")
+        assert mask.solver["method"] == json.loads(json.dumps(METHODS[name].options()))
+    assert records(inside(*base)) != []
+    assert load_mask(tmp_path / "m").solver["method"] == METHODS["grace-opt"].options()
+
+    more = ("--floor", 8, "--align", 4, "--protect", "--solver", "greedy", "--recent-window", 7, "--sinks", 0)
+    found = records(inside(*base, *more, "--method-option", "ridge=0.01", "--method-option", "generated=prune"))
+    assert all(r["n"] - r["prune"] >= 8 and r["prune"] % 4 == 0 and r["solver"] == "greedy" for r in found)
+    mask = load_mask(tmp_path / "m")
+    assert (windows(mask).recent_window, windows(mask).sinks, mask.align) == (7, 0, 4)
+    assert windows(mask).generated == "prune"
+    options = mask.solver["method"]
+    assert (options["floor"], options["ridge"], options["generated"]) == (8, 0.01, "prune")
+    records(inside(*base, "--solver", "greedy", "--method-option", "recent_window=9"))
+    assert windows(load_mask(tmp_path / "m")) == Windows(int(bundle.metadata["sinks"]), 9, "keep")
+    both = ("--method-option", "grace-opt.budget=uniform", "--no-protect", "--solver", "greedy")
+    assert {r["prune"] for r in records(inside(*base, *both))} == {32}
+
+
+def test_options_that_cannot_be_meant_are_refused_before_any_work(whole_heads: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "absent"  # it is not even read
+    for message, arguments in {
+        "unknown method 'grase'; did you mean 'grace'?": ("--method", "grase"),
+        "has no option 'flor'; did you mean 'floor'?": ("--method-option", "flor=3"),
+        "--method-option takes NAME=VALUE": ("--method-option", "floor"),
+        "sinks must be from 0": ("--sinks", -1),
+        "recent_window must be from 0": ("--recent-window", 2**31),
+        "recent_window must be from 0 ": ("--recent-window", -3),
+        "align must be at least 1": ("--align", 0),
+        "floor and value_weight not negative": ("--floor", -1),
+        "floor has no effect in a uniform budget": ("--floor", 3, "--budget", "uniform"),
+        "floor has no effect in a uniform budget;": ("--floor", 3, "--method", "grace"),
+        "rounding has no effect in a shared budget": ("--method-option", "rounding=ceil"),
+        "value_weight has no effect on ratios": ("--method-option", "value_weight=2"),
+        "sinks and an option of its own say the same": ("--method-option", "sinks=3", "--sinks", 3),
+        "solver is for prompts, and has no effect on a bundle; give --solver": ("--method-option", "solver=greedy"),
+        "objective is for prompts": ("--method-option", "objective=logit"),
+        "'grace' has no read-out": ("--method", "grace", "--readout", "static"),
+        "the budget must be uniform or shared, got 'equal'": ("--method-option", "budget=equal"),
+        "give either --ratio or --budget-bytes": ("--budget-bytes", 100),
+        "unknown solver 'gredy'": ("--solver", "gredy"),
+        "value ratio must be at least 0 and below 1, got 1.5": ("--value-ratio", 1.5),
+    }.items():
+        found = sentence(inside("solve", absent, "--ratio", 0.5, "-o", tmp_path / "m", *arguments))
+        assert message.strip() in found, found
+    base = ("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m")
+    assert "selects no channels" in sentence(inside(*base, "--method", "svd"))
+    assert "has no graphs of values" in sentence(inside(*base, "--value-ratio", 0.3))
+    assert not (tmp_path / "m").exists() or not list((tmp_path / "m").iterdir())
 
 
 def test_solver_options(whole_heads: Path, tmp_path: Path) -> None:
     base = ("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "m", "--solver", "greedy", "-f", "json")
-    assert records(cli(*base, "--solver-option", "direction=backward"))[0]["options"] == {"direction": "backward"}
-    assert "did you mean 'direction'" in sentence(cli(*base, "--solver-option", "directon=backward"))
-    assert "takes NAME=VALUE" in sentence(cli(*base, "--solver-option", "direction"))
+    assert records(inside(*base, "--solver-option", "greedy.direction=forward"))[0]["options"] == {
+        "direction": "forward"
+    }
+    assert records(inside(*base, "--solver-option", "direction=backward"))[0]["options"] == {"direction": "backward"}
+    assert "did you mean 'direction'" in sentence(inside(*base, "--solver-option", "directon=backward"))
+    assert "takes NAME=VALUE" in sentence(inside(*base, "--solver-option", "direction"))
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(whole_heads: Path, tmp_path: Path) -> None:
@@ -185,7 +271,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(whole_heads: Path, tmp_path: 
     cases = {
         "layers.0.kv_heads.0.key: weights hold 1 NaN": (tmp_path / "nan.safetensors", "--ratio", 0.5),
         "weights are not symmetric": (tmp_path / "skew.safetensors", "--ratio", 0.5),
-        "cannot prune 2 of 4 channels, 1 are prunable": (tmp_path / "kept.safetensors", "--ratio", 0.5),
+        "cannot prune 2 of 4 channels, 1 are prunable": (tmp_path / "kept.safetensors", "--ratio", 0.5, *UNIFORM),
         "truncated": (tmp_path / "cut.safetensors", "--ratio", 0.5),
         "no such file": (tmp_path / "absent", "--ratio", 0.5),
         "at least 0 and below 1, got 1.0": (whole_heads, "--ratio", 1),
@@ -196,18 +282,18 @@ def test_bad_input_is_one_sentence_and_exit_code_2(whole_heads: Path, tmp_path: 
         "No such option: --ratoi": (whole_heads, "--ratoi", 0.5),
     }
     for message, arguments in cases.items():
-        assert message in sentence(cli("solve", *arguments, "-o", tmp_path / "m"))
+        assert message in sentence(inside("solve", *arguments, "-o", tmp_path / "m"))
     assert not (tmp_path / "m" / "kv_mask.json").exists()
-    assert "cannot write" in sentence(cli("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "file" / "m"))
-    assert "unexpected" not in cli("nonsense").stderr
-    assert cli("nonsense").returncode == 2
+    assert "cannot write" in sentence(inside("solve", whole_heads, "--ratio", 0.5, "-o", tmp_path / "file" / "m"))
+    assert "unexpected" not in inside("nonsense").stderr
+    assert inside("nonsense").returncode == 2
 
 
 def test_version_and_help() -> None:
     from grace_opt import __version__
 
-    assert cli("--version").stdout.strip() == __version__
-    assert "calibrate" in cli().stdout
+    assert inside("--version").stdout.strip() == __version__
+    assert "calibrate" in inside().stdout
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

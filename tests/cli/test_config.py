@@ -70,10 +70,10 @@ def test_every_command_has_a_sentence_of_help() -> None:
 
 
 def test_pairs_of_options() -> None:
-    assert own_options("--solver-option", ["a=1", "b=x=y"]) == {"a": "1", "b": "x=y"}
+    assert own_options("--solver-option", ["a=1", "p.b=x=y"], "p") == {"a": "1", "b": "x=y"}
     assert named_options("--solver-option", ["p", "q"], ["p.a=1"]) == {"p": {"a": "1"}, "q": {}}
     for wrong in ("a", "=1"):
         with pytest.raises(InputError, match="--solver-option takes NAME=VALUE"):
-            own_options("--solver-option", [wrong])
+            own_options("--solver-option", [wrong], "p")
     with pytest.raises(InputError, match="which is not in this run; did you mean 'greedy'"):
         named_options("--solver-option", ["greedy"], ["greddy.a=1"])
