@@ -10,11 +10,11 @@ import typer
 
 from grace_opt.cli.config import named_options
 from grace_opt.cli.options import (
+    BudgetOptions,
     EngineOptions,
     LimitOptions,
+    MethodOptions,
     OutputFolder,
-    ProtectOption,
-    RatiosOption,
     SolversOption,
     SolversOptions,
     Talk,
@@ -30,11 +30,11 @@ def compare(
         list[Path], typer.Argument(metavar="BUNDLE...", help="Graph bundles, from grace-opt calibrate.")
     ],
     output: OutputFolder,
-    ratio: RatiosOption,
     solver: SolversOption,
     *,
+    asked: BudgetOptions,
+    choice: MethodOptions,
     solver_option: SolversOptions = None,
-    protect: ProtectOption = True,
     ending: LimitOptions,
     where: EngineOptions,
     talk: Talk,
@@ -44,6 +44,8 @@ def compare(
     from grace_opt.compare import compare as run
     from grace_opt.reports.tables import summary_columns, summary_row
 
+    budgets = asked.budgets()
+    method = choice.made(choice.given(), [each for each in budgets if not isinstance(each, float)])
     with progress(talk.quiet) as show, where.opened() as engine:
 
         def finished(done: int, total: int, record: dict[str, Any] | None) -> None:
@@ -56,13 +58,13 @@ def compare(
         comparison = run(
             bundles,
             named_options("--solver-option", solver, solver_option or []),
-            ratio,
+            budgets,
             output,
+            method=method,
             limits=ending.limits(),
             workers=where.workers,
             isolate=True,
             engine=engine,
-            protect=protect,
             provenance={"command": command_line(), "options": sources},
             progress=finished,
             remark=talk.say,

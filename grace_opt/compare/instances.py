@@ -6,37 +6,71 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.method import Method
 from grace_opt.engines.outcome import failed
 from grace_opt.graphs import GraphBundle
 from grace_opt.problem import SubsetProblem
 from grace_opt.records import Record, added
 from grace_opt.solution import Limits, RawResult, Solver, Status, rounding_slack
 
+BUDGET_FIELDS = ("ratio", "value_ratio", "budget_bytes")
 NOT_SUPPORTED = "not supported"  #: raw_status of a head that its solver does not take
 
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """One head of one bundle at one ratio."""
+    """One head of one bundle at one budget, which is named as in records (`grace_opt.records.InstanceRecord`)."""
 
     bundle: str
-    ratio: float
+    ratio: float | None
+    value_ratio: float | None
+    budget_bytes: float | None
     problem: SubsetProblem
     digest: str
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The fields of a record that say whose head it is, at what budget."""
+        return {**{name: getattr(self, name) for name in ("bundle", *BUDGET_FIELDS)}, "problem": self.problem.name}
+
     def has(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is of this head at this ratio, not just of an equal problem."""
-        return (record["bundle"], record["ratio"], record["problem"]) == (self.bundle, self.ratio, self.problem.name)
+        """Whether a record is of this head at this budget, not just of an equal problem."""
+        return place_of(record) == place_of(self.labels)
 
 
-def instances_of(graphs: Mapping[str, GraphBundle], ratios: Iterable[float], protect: bool) -> list[Instance]:
-    """Every head of every bundle at every ratio; ``protect`` as in `GraphBundle.problems`. Raises InputError."""
-    return [
-        Instance(name, ratio, problem, problem.digest())
-        for name, bundle in graphs.items()
-        for ratio in dict.fromkeys(ratios)
-        for problem in bundle.problems(ratio, protect=protect)
-    ]
+def place_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Whose head a record is of, at what budget."""
+    return (record["bundle"], *budget_of(record), record["problem"])
+
+
+def budget_of(record: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """The budget of a record, or of a row of a summary: ratio, value ratio, bytes."""
+    return (record["ratio"], record.get("value_ratio"), record.get("budget_bytes"))
+
+
+def instances_of(
+    graphs: Mapping[str, GraphBundle], budgets: Iterable[float | Budget], method: Method
+) -> list[Instance]:
+    """Every head of every bundle at every budget, allotted as the method says; a number is a ratio of keys and values.
+
+    Raises InputError as `grace_opt.compression.apply.problems_of` does.
+    """
+    from grace_opt.compression.apply import problems_of  # imports torch
+
+    instances = []
+    for name, bundle in graphs.items():
+        for each in dict.fromkeys(budgets):
+            asked = each if isinstance(each, Budget) else Budget(each, each)
+            ratio, value_ratio, most = asked.ratio, asked.value_ratio, asked.bytes_per_token
+            for problem in problems_of(bundle, method, asked):
+                named = (
+                    None if most is not None else ratio,
+                    None if most is not None or not isinstance(each, Budget) else value_ratio,
+                    most,
+                )
+                instances.append(Instance(name, *named, problem, problem.digest()))
+    return instances
 
 
 def slack_of(instances: Iterable[Instance]) -> dict[str, float]:
@@ -50,8 +84,7 @@ def labelled(record: Mapping[str, Any], instance: Instance, limits: Limits) -> d
     ``limits`` are stated where the record states none.
     """
     bare = {name: value for name, value in record.items() if name not in added(Record)}
-    labels = {"bundle": instance.bundle, "ratio": instance.ratio, "problem": instance.problem.name}
-    return {**bare, **labels, "limits": record.get("limits", limits_of(limits))}
+    return {**bare, **instance.labels, "limits": record.get("limits", limits_of(limits))}
 
 
 def refusal(solver: Solver, problem: SubsetProblem) -> RawResult | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from grace_opt.compare.instances import NOT_SUPPORTED, Instance, limits_of, refusal
+from grace_opt.compare.instances import NOT_SUPPORTED, Instance, limits_of, place_of, refusal
 from grace_opt.errors import InputError
 from grace_opt.records import InstanceRecord, check
 from grace_opt.solution import Limit, Limits, Solver, Status
@@ -88,7 +88,7 @@ class Index:
     """The newest record of each problem and solver that stands under the limits of this run."""
 
     def __init__(self, records: Iterable[Record], limits: Limits) -> None:
-        self._limits, self._found = limits, dict[tuple[Any, ...], dict[tuple[str, float, str], Record]]()
+        self._limits, self._found = limits, dict[tuple[Any, ...], dict[tuple[Any, ...], Record]]()
         for record in records:
             self.add(record)
 
@@ -97,16 +97,14 @@ class Index:
             return
         options = json.dumps(record["options"], sort_keys=True, default=str)
         key = (record["digest"], record["solver"], options, record["seed"], record["threads"])
-        self._found.setdefault(key, {})[record["bundle"], record["ratio"], record["problem"]] = record
+        self._found.setdefault(key, {})[place_of(record)] = record
 
     def find(self, instance: Instance, solver: Solver) -> Record | None:
         """The record of this instance, or else of an equal problem."""
         options = json.dumps(options_of(solver), sort_keys=True, default=str)
         key = (instance.digest, solver.name, options, self._limits.seed, self._limits.threads)
         found = self._found.get(key, {})
-        record = found.get((instance.bundle, instance.ratio, instance.problem.name)) or next(
-            iter(reversed(found.values())), None
-        )
+        record = found.get(place_of(instance.labels)) or next(iter(reversed(found.values())), None)
         if record is not None and record["raw_status"] == NOT_SUPPORTED and not refusal(solver, instance.problem):
             return None  # the solver has learnt it since
         return record

@@ -7,14 +7,25 @@ import os
 import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grace_opt.compare.instances import Instance, instances_of, labelled, limits_of, refusal, slack_of
+from grace_opt.compare.instances import (
+    Instance,
+    budget_of,
+    instances_of,
+    labelled,
+    limits_of,
+    place_of,
+    refusal,
+    slack_of,
+)
 from grace_opt.compare.records_file import Index, RecordsFile
 from grace_opt.compare.summary import summarise, with_references
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.method import METHODS, Method
 from grace_opt.engines.outcome import Engine
 from grace_opt.errors import InputError
 from grace_opt.files import check_writable, read_json, write_json
@@ -30,9 +41,9 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What a comparison says: records in the order bundle, ratio, head, solver, and a row of figures for each solver.
+    """What a comparison says: records in the order bundle, budget, head, solver, and a row of figures for each solver.
 
-    ``records`` hold the fields of `Solution.record`, ``bundle``, ``ratio``, ``limits``, and what `with_references`
+    ``records`` hold the fields of `Solution.record`, ``bundle``, the budget, ``limits``, and what `with_references`
     adds. ``summary`` is what `summarise` makes of them. ``run`` is this run's entry of run.json.
     """
 
@@ -44,19 +55,19 @@ class Comparison:
 def compare(
     bundles: Sequence[str | Path],
     solvers: Mapping[str, Mapping[str, Any]],
-    ratios: Sequence[float],
+    budgets: Sequence[float | Budget],
     folder: str | Path,
     *,
+    method: Method | None = None,
     limits: Limits | None = None,
     workers: int = 1,
     isolate: bool = False,
     engine: Engine | None = None,
-    protect: bool = True,
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, Record | None], None] | None = None,
     remark: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Run every solver on every head at every ratio, and write records.jsonl, run.json, summary.json, report.html.
+    """Run every solver on every head at every budget, and write records.jsonl, run.json, summary.json, report.html.
 
     A pair of head and solver that ``folder`` already has a record of is not run again: see `stands`. An interrupt
     (Ctrl-C) keeps the finished heads, writes the report of them and goes on as KeyboardInterrupt.
@@ -64,30 +75,32 @@ def compare(
     Args:
         bundles: graph bundles, of any models.
         solvers: solver name -> its options.
-        ratios: fractions of each head's channels to prune, in [0, 1).
+        budgets: how much of the heads' channels to prune; a number is a ratio of keys and values, in [0, 1).
+        method: allots a budget to the heads, and says whether the bundles' protected channels are kept; ``grace-opt``
+            if left out.
         limits: of every run.
         workers: heads solved at the same time; they share the machine, and their times show it.
         isolate: solve in processes of their own, as `grace_opt.solve_many` does: a solver that crashes, or does not
             return at its time limit, costs its head alone.
         engine: in place of ``workers`` and ``isolate``, as in `grace_opt.solve_many`.
-        protect: keep the bundles' protected channels.
         provenance: stands in run.json, e.g. the command line.
         progress: called with (done, total, record) at the start, where the record is None, and after each run.
         remark: called with a sentence on anything worth knowing that is not an error.
 
     Raises:
-        InputError: before anything is run, for an unknown solver or option, a bad bundle, ratio or limit, a folder
+        InputError: before anything is run, for an unknown solver or option, a bad bundle, budget or limit, a folder
             that cannot be written or belongs to a running comparison, or a line in records.jsonl that is no record.
     """
     folder, limits = Path(folder), limits or Limits()
     progress, remark = progress or (lambda done, total, record: None), remark or (lambda sentence: None)
-    if not (bundles and solvers and ratios):
-        raise InputError("a comparison needs at least one bundle, one solver and one ratio")
+    if not (bundles and solvers and budgets):
+        raise InputError("a comparison needs at least one bundle, one solver and one budget")
     chosen = [create(name, options) for name, options in solvers.items()]
     for solver in chosen:
         solve_many([], solver, limits=limits, workers=workers)  # checks limits and workers
     graphs = {str(path): load_bundle(path) for path in bundles}
-    instances = instances_of(graphs, ratios, protect)
+    method = method or METHODS["grace-opt"]
+    instances = instances_of(graphs, budgets, method)
     check_writable(folder / "records.jsonl")
     with RecordsFile(folder / "records.jsonl", remark) as file:
         earlier = _earlier_runs(folder / "run.json")
@@ -97,8 +110,8 @@ def compare(
             "ended": None,
             "state": "running",
             "bundles": {name: dict(bundle.metadata) for name, bundle in graphs.items()},
-            "ratios": list(ratios),
-            "protect": protect,
+            "budgets": [asdict(each) if isinstance(each, Budget) else each for each in budgets],
+            "method": method.options(),
             "solvers": {solver.name: options_of(solver) for solver in chosen},
             "limits": limits_of(limits),
             "seed": limits.seed,
@@ -142,11 +155,11 @@ def _run_pairs(
     progress: Callable[[int, int, Record | None], None],
 ) -> None:
     """Run what has no record that stands, and append a record for every instance."""
-    equal = defaultdict(list)  # the same problem may come under several names, or at several ratios
+    equal = defaultdict(list)  # the same problem may come under several names, or at several budgets
     for instance in instances:
         equal[instance.digest].append(instance)
     index, planned, batches = Index(file.records, limits), set(), []
-    for group in _by_set(instances):  # a batched solver gets all heads of a bundle and ratio at once
+    for group in _by_set(instances):  # a batched solver gets all heads of a bundle and budget at once
         for solver in solvers:
             unsolved = []
             for instance in group:
@@ -184,12 +197,11 @@ def _own_records(
 ) -> list[Record]:
     """The records of this invocation: those that stand, and the failures among the new ones."""
     index = Index(file.records, limits)
-    new = {(r["bundle"], r["ratio"], r["problem"], r["solver"]): r for r in file.records[file.loaded :]}
+    new = {(*place_of(r), r["solver"]): r for r in file.records[file.loaded :]}
     found = []
     for instance in instances:
         for solver in solvers:
-            key = (instance.bundle, instance.ratio, instance.problem.name, solver.name)
-            record = index.find(instance, solver) or new.get(key)
+            record = index.find(instance, solver) or new.get((*place_of(instance.labels), solver.name))
             if record is not None:
                 found.append(record)
     return found
@@ -220,7 +232,7 @@ def _write_runs(path: Path, runs: Sequence[Any]) -> None:
 
 
 def _by_set(instances: Iterable[Instance]) -> list[list[Instance]]:
-    sets: dict[tuple[str, float], list[Instance]] = {}
+    sets: dict[tuple[Any, ...], list[Instance]] = {}
     for instance in instances:
-        sets.setdefault((instance.bundle, instance.ratio), []).append(instance)
+        sets.setdefault((instance.bundle, *budget_of(instance.labels)), []).append(instance)
     return list(sets.values())

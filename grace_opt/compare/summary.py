@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from grace_opt.compare.instances import NOT_SUPPORTED
+from grace_opt.compare.instances import BUDGET_FIELDS, NOT_SUPPORTED
 from grace_opt.reports.report import grouped
 from grace_opt.solution import OBJECTIVE_SLACK, BoundKind, Limit, Status, relative_gap
 
 Record = dict[str, Any]
 
+PLACE = ("bundle", *BUDGET_FIELDS, "solver")  #: what the records of a row have in common
 TIME_SHIFT = 0.01  #: seconds, of the shifted geometric mean
 
 
@@ -60,7 +61,7 @@ def with_references(records: Sequence[Record], known: Iterable[Record], slack: M
 
 
 def summarise(records: Iterable[Record]) -> list[Record]:
-    """A row for each bundle, ratio and solver, in order of appearance.
+    """A row for each bundle, budget and solver, in order of appearance.
 
     ``gap_mean`` is over the heads with a proven bound of the solver's own, ``reference_gap_mean`` over those with a
     proven bound of any solver. ``time`` is the shifted geometric mean in seconds (shift 10 ms) over the heads where
@@ -68,7 +69,7 @@ def summarise(records: Iterable[Record]) -> list[Record]:
     ``no_selection`` counts limits that came too early, ``not_supported`` heads that the solver does not take.
     """
     rows = []
-    for (bundle, ratio, solver), group in grouped(records, "bundle", "ratio", "solver").items():
+    for place, group in grouped(records, *PLACE).items():
         over = [r["over_best"] for r in group if r["over_best"] is not None]
         own = [r["gap"] for r in group if r["gap"] is not None and r["bound_kind"] == BoundKind.PROVEN]
         reference = [r["reference_gap"] for r in group if r["reference_gap"] is not None]
@@ -78,9 +79,7 @@ def summarise(records: Iterable[Record]) -> list[Record]:
         timed = [r for r in group if r["pruned"] is not None or r["limit"] != Limit.NONE]
         rows.append(
             {
-                "bundle": bundle,
-                "ratio": ratio,
-                "solver": solver,
+                **dict(zip(PLACE, place, strict=True)),
                 "heads": len(group),
                 "over_best_mean": _mean(over),
                 "over_best_max": max(over, default=None),

@@ -22,6 +22,7 @@ from grace_opt.solution import Status, relative_gap
 
 Record = dict[str, Any]
 
+SET_FIELDS = ("bundle", "ratio", "value_ratio", "budget_bytes")  #: what the records of a set have in common
 SHOWN_HEADS = 24  #: of all bundles together: heads with a channel graph and a trace of their own
 EDGES_PER_CHANNEL = 3
 TIME_POINTS = 100
@@ -90,7 +91,7 @@ def report_data(
 ) -> dict[str, Any]:
     """What the page's script draws: JSON-like, numbers rounded to six digits.
 
-    A set is a bundle at a ratio. Layouts of channel graphs are O(n^2) an iteration, which is why only ``shown_heads``
+    A set is a bundle at a budget. Layouts of channel graphs are O(n^2) an iteration, which is why only ``shown_heads``
     heads have one: all if there are no more; else the first, the hardest and the worst of each layer.
     """
     solvers = list(dict.fromkeys(record["solver"] for record in records))
@@ -98,9 +99,9 @@ def report_data(
     share = max(2, shown_heads // len(by_bundle)) if shown_heads else 0
     shown = {bundle: _shown_heads(group, share) for (bundle,), group in by_bundle.items()}
     sets = []
-    for (bundle, ratio), group in grouped(records, "bundle", "ratio").items():
-        rows = [row for row in summary if (row["bundle"], row["ratio"]) == (bundle, ratio)]
-        sets.append(_set(bundle, ratio, group, rows, solvers, shown[bundle]))
+    rows = grouped(summary, *SET_FIELDS)
+    for place, group in grouped(records, *SET_FIELDS).items():
+        sets.append(_set(group, rows[place], solvers, shown[group[0]["bundle"]]))
     graphs = {
         bundle: {head: channel_graph(problems[bundle, head]) for head in heads} for bundle, heads in shown.items()
     }
@@ -209,14 +210,12 @@ def channel_graph(problem: SubsetProblem) -> dict[str, Any]:
 
 
 def _set(
-    bundle: str,
-    ratio: float,
     records: Sequence[Record],
     summary: Sequence[Record],
     solvers: Sequence[str],
     shown: Sequence[str],
 ) -> dict[str, Any]:
-    """All that is drawn of one bundle at one ratio."""
+    """All that is drawn of one bundle at one budget."""
     heads = list(dict.fromkeys(record["problem"] for record in records))
     places = [HeadName.parse(head) for head in heads]
     several_kinds = len({place.kind for place in places}) > 1
@@ -253,8 +252,9 @@ def _set(
                 ],
             }
     return {
-        "bundle": bundle,
-        "ratio": ratio,
+        "bundle": records[0]["bundle"],
+        "ratio": records[0]["ratio"],
+        "budget": _budget(records[0]),
         "sizes": sorted({(record["n"], record["prune"]) for record in records}),
         "heads": heads,
         "layers": [place.layer for place in places],
@@ -265,6 +265,15 @@ def _set(
         "time": {"times": [_short(time) for time in times], **medians},
         "details": details,
     }
+
+
+def _budget(record: Record) -> str:
+    """The budget of a record in words."""
+    if record.get("budget_bytes") is not None:
+        return f"{record['budget_bytes']:g} bytes a token"
+    if record.get("value_ratio") is None:
+        return f"ratio {record['ratio']:g}"
+    return f"ratios {record['ratio']:g} and {record['value_ratio']:g}"
 
 
 def _row(record: Record, head: int, solver: int) -> list[Any]:
@@ -335,5 +344,5 @@ def grouped(records: Iterable[Record], *names: str) -> dict[tuple[Any, ...], lis
     """The records by their values of the named fields, in order of appearance."""
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
-        groups[tuple(record[name] for name in names)].append(record)
+        groups[tuple(record.get(name) for name in names)].append(record)  # older records name no budget but the ratio
     return groups

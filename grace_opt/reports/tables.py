@@ -34,7 +34,8 @@ def summary_columns(summary: Sequence[Mapping[str, Any]]) -> list[str]:
         *("heads", "mean over best %", "max over best %", "mean gap %", "gap to best bound %", "optimal %"),
         *("time ms", "errors"),
     ]
-    several = [name for name in ("bundle", "ratio") if len({row[name] for row in summary}) > 1]
+    varying = ("bundle", "ratio", "value_ratio", "budget_bytes")
+    several = [name for name in varying if len({row.get(name) for row in summary}) > 1]
     rare = [name for name in ("no_selection", "not_supported") if any(row[name] for row in summary)]
     return [*several, "solver", *columns, *rare]
 

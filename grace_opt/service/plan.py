@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from grace_opt.compare import Instance, instances_of
+from grace_opt.compression.method import method
 from grace_opt.graphs import GraphBundle, load_bundle
 from grace_opt.registry import create
 from grace_opt.service.db.blobs import BlobStore
@@ -38,7 +39,9 @@ def plan(blobs: BlobStore, request: Mapping[str, Any]) -> Work:
     """A request's heads and solvers. Raises InputError for whatever is wrong with it or with its bundle."""
     bundle = bundle_of(blobs, request["bundle"])
     solvers = [create(each["solver"], each["options"]) for each in request["solvers"]]
-    instances = instances_of({request["bundle"]: bundle}, request["ratios"], request["config"]["protect"])
+    protection = "default" if request["config"]["protect"] else "none"
+    uniform = method("grace-opt", {"budget": "uniform", "protection": protection})
+    instances = instances_of({request["bundle"]: bundle}, request["ratios"], uniform)
     equal = defaultdict(list)
     for instance in instances:
         equal[instance.digest].append(instance)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ import pytest
 import grace_opt.compare.run
 from grace_opt import BoundKind, GraphBundle, HeadGraph, InputError, Limit, Limits, SubsetProblem, save_bundle
 from grace_opt.cli.config import named_options
-from grace_opt.compare import compare, shifted_geometric_mean, stands, summarise, with_references
+from grace_opt.compare import compare as compare_by_method
+from grace_opt.compare import shifted_geometric_mean, stands, summarise, with_references
+from grace_opt.compression.apply import problems_of
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.method import METHODS, method
+from grace_opt.records import Record as FullRecord
+from grace_opt.records import check
 from grace_opt.registry import create
 from grace_opt.reports.report import gap_over_time, over_best, own_gap, performance_profile, steps
 from grace_opt.solution import Capabilities, RawResult
@@ -79,9 +86,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[SubsetProbl
     return use
 
 
+# Most tests compare with the problems of `GraphBundle.problems`: every head prunes the same, protected channels stay.
+UNIFORM = method("grace-opt", {"budget": "uniform", "protection": "default"})
+UNIFORM_FLAGS = ("--budget", "uniform", "--protect")
+compare = partial(compare_by_method, method=UNIFORM)
+
+
 def cli(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "grace_opt", "compare", *map(str, arguments)],
+        [sys.executable, "-m", "grace_opt", "compare", *map(str, arguments), *UNIFORM_FLAGS],
         check=False,
         capture_output=True,
         text=True,
@@ -119,7 +132,17 @@ def test_one_record_a_head_ratio_and_solver(small: Path, tmp_path: Path) -> None
         plain = grace_opt.solve(problem, record["solver"], options=record["options"], limits=Limits(seed=3)).record()
         assert {**plain, "timing_ns": 0}.items() <= {**record, "timing_ns": 0}.items()
         assert set(record) - set(plain) == {
-            *("bundle", "ratio", "limits", "best_known", "over_best", "best_bound", "best_bound_solver"),
+            *(
+                "bundle",
+                "ratio",
+                "value_ratio",
+                "budget_bytes",
+                "limits",
+                "best_known",
+                "over_best",
+                "best_bound",
+                "best_bound_solver",
+            ),
             "reference_gap",
         }
         assert record["bundle"] == str(small)
@@ -417,10 +440,10 @@ def test_a_solver_that_crashes_or_hangs_costs_its_heads_alone(small: Path, tmp_p
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_and_started_again(small: Path, tmp_path: Path, how: signal.Signals) -> None:
-    environment = plugin(tmp_path, "time.sleep(0.3)")
+    environment = plugin(tmp_path, "time.sleep(0.8)")
     arguments = [str(small), "--ratio", "0.5", "--solver", "greedy", "--solver", "mine", "-o", str(tmp_path / "r")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "grace_opt", "compare", *arguments, "-f", "json"],
+        [sys.executable, "-m", "grace_opt", "compare", *arguments, *UNIFORM_FLAGS, "-f", "json"],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -456,6 +479,7 @@ def test_stopped_and_started_again(small: Path, tmp_path: Path, how: signal.Sign
 
 def test_a_full_disk_is_one_sentence(small: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "grace_opt", "compare", str(small), "--ratio", "0.5", "--solver", "greedy", "-q"]
+    command += UNIFORM_FLAGS
     full = subprocess.run(
         ["sh", "-c", 'ulimit -f 8 && exec "$@"', "sh", *command, "-o", str(tmp_path / "r")],
         check=False,
@@ -468,6 +492,53 @@ def test_a_full_disk_is_one_sentence(small: Path, tmp_path: Path) -> None:
     assert 0 < len((tmp_path / "r" / "records.jsonl").read_bytes().split(b"\n")) - 1 < 8
     assert len(compare([small], {"greedy": {}}, [0.5], tmp_path / "r").records) == 8
     assert len(lines(tmp_path / "r")) == 8
+
+
+# ---------------------------------------------------------------- budgets and methods
+
+
+def test_a_comparison_takes_the_budgets_and_methods_of_solve(tmp_path: Path) -> None:
+    budgets = [0.5, Budget(0.5, 0.25), Budget(bytes_per_token=12 * 128 + 12 * 64)]
+    bundle = grace_opt.load_bundle(HEADS)
+    found = compare_by_method(
+        [HEADS], {"greedy": {}, "independent": {}}, budgets, tmp_path, method=METHODS["grace-opt"]
+    )
+    asked = [(0.5, None, None), (0.5, 0.25, None), (None, None, 2304.0)]
+    assert [(row["ratio"], row["value_ratio"], row["budget_bytes"]) for row in found.summary[::2]] == asked
+    for place, budget in zip(asked, [Budget(0.5, 0.5), *budgets[1:]], strict=True):
+        mine = [r for r in found.records if (r["ratio"], r["value_ratio"], r["budget_bytes"]) == place]
+        problems = problems_of(bundle, METHODS["grace-opt"], budget)
+        assert [r["digest"] for r in mine[::2]] == [problem.digest() for problem in problems]
+        assert len({r["prune"] for r in mine}) > 1  # a shared budget
+    for record in found.records:
+        check(FullRecord, {**record, "bundle": "0" * 64})
+    (run,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    assert run["method"] == json.loads(json.dumps(METHODS["grace-opt"].options()))
+    before = lines(tmp_path)
+    again = compare_by_method([HEADS], {"greedy": {}, "independent": {}}, budgets, tmp_path)  # the same method
+    assert (again.records, lines(tmp_path)) == (found.records, before)
+    report = (tmp_path / "report.html").read_text()
+    for words in ("ratio 0.5", "ratios 0.5 and 0.25", "2304 bytes a token"):
+        assert f'"budget":"{words}"' in report
+
+
+def test_budgets_and_methods_on_the_command_line(tmp_path: Path) -> None:
+    solver = ("--solver", "greedy", "-f", "json")
+    done = cli(HEADS, "--ratio", 0.5, "--budget-bytes", 2304, "--method", "grace", *solver, "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)["records"]
+    assert [(r["ratio"], r["budget_bytes"]) for r in records[::12]] == [(0.5, None), (None, 2304.0)]
+    assert {r["prune"] for r in records} == {32}
+    for message, arguments in {
+        "give --ratio or --budget-bytes": (),
+        "--value-ratio goes with --ratio": ("--budget-bytes", 2304, "--value-ratio", 0.5),
+        "floor has no effect in a uniform budget": ("--ratio", 0.5, "--floor", 3),
+        "unknown method 'grase'": ("--ratio", 0.5, "--method", "grase"),
+    }.items():
+        refused = cli(HEADS, *solver, *arguments, "-o", tmp_path / "no")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert message in refused.stderr
+    assert not (tmp_path / "no").exists()
 
 
 # ---------------------------------------------------------------- figures

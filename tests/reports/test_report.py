@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from grace_opt import GraphBundle, HeadGraph, load_bundle, save_bundle
 from grace_opt.compare import Comparison, compare
+from grace_opt.compression.method import method
 from grace_opt.reports.report import SHOWN_HEADS, channel_graph, report_data
 from tests.support import DATA
 from tests.support.browser import chromium_path
@@ -22,6 +23,9 @@ from tests.support.browser import chromium_path
 SOLVERS = ("independent", "greedy", "branch-and-bound")
 MODEL = "</script><b>a model</b> & more"
 PICTURES = ("distance", "profile", "map", "kept", "time", "incumbent", "graph")
+
+
+UNIFORM = method("grace-opt", {"budget": "uniform", "protection": "default"})
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path
     bundle = folder / "a bundle's <graphs>.safetensors"
     save_bundle(GraphBundle(heads, {"model": MODEL}), bundle)
     command = ["grace-opt", "compare", str(bundle), "-o", "a folder"]
-    done = compare([bundle], {name: {} for name in SOLVERS}, [0.6, 0.3], folder / "r", provenance={"command": command})
+    solvers = {name: {} for name in SOLVERS}
+    about = {"method": UNIFORM, "provenance": {"command": command}}
+    done = compare([bundle], solvers, [0.6, 0.3], folder / "r", **about)
     return done, folder / "r" / "report.html"
 
 
@@ -224,7 +230,9 @@ def test_it_stays_small_with_many_heads(tmp_path: Path) -> None:
             q = rng.normal(size=(12, 12))
             heads.append(HeadGraph(layer, kv_head, "key", q.T @ q))
     save_bundle(GraphBundle(tuple(heads), {}), tmp_path / "many.safetensors")
-    done = compare([tmp_path / "many.safetensors"], {"independent": {}, "greedy": {}}, [0.5], tmp_path / "r")
+    done = compare(
+        [tmp_path / "many.safetensors"], {"independent": {}, "greedy": {}}, [0.5], tmp_path / "r", method=UNIFORM
+    )
     data = report_data(done.records, done.summary, _problems(tmp_path / "many.safetensors"), done.run)
     (shown,) = data["graphs"].values()
     assert len(shown) <= SHOWN_HEADS

@@ -370,7 +370,7 @@ function drawFacts() {
     list.append(element("dt", {}, title), definition);
   };
   for (const [bundle, metadata] of Object.entries(run.bundles)) add("Bundle", `${bundle}: ${metadata.model || "model not stated"}`);
-  add("Heads", data.sets.map((set) => `${set.heads.length} at ratio ${set.ratio} (${set.sizes.map(([n, m]) => `${m} of ${n} channels pruned`).join(", ")})`).join("; "));
+  add("Heads", data.sets.map((set) => `${set.heads.length} at ${set.budget} (${set.sizes.map(([n, m]) => `${m} of ${n} channels pruned`).join(", ")})`).join("; "));
   for (const [solver, options] of Object.entries(run.solvers)) add("Solver", solver + (Object.keys(options).length ? `: ${listed(options)}` : ""));
   if (run.command) add("Command", run.command.map(shell).join(" "), "code");
   const limits = Object.fromEntries(Object.entries(run.limits).filter(([, value]) => value !== null));
@@ -433,7 +433,7 @@ function drawSet() {
 function startReport(made) {
   data = made;
   drawFacts();
-  fill("set", data.sets.map((set, i) => [i, data.head_pages ? `ratio ${set.ratio}` : `${set.bundle}, ratio ${set.ratio}`]));
+  fill("set", data.sets.map((set, i) => [i, data.head_pages ? set.budget : `${set.bundle}, ${set.budget}`]));
   if (byId("set-controls")) byId("set-controls").hidden = data.sets.length < 2;
   fill("criterion", data.criteria.map(({key, words}) => [key, words]));
   for (const [draw, ids] of pictures()) {
