@@ -15,7 +15,7 @@ from grace_opt.cli.provenance import explain, write_run
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
-    from grace_opt.evaluate.run import Run
+    from grace_opt.evaluate.run import Trial
 
 
 def evaluate(
@@ -55,12 +55,13 @@ def evaluate(
     scored: Annotated[int, option("--scored", help="Tokens after each prompt that are scored.")] = 256,
     documents: Annotated[int, option("--documents", help="Documents at the most.")] = 12,
     prune_generated: Annotated[
-        bool,
+        bool | None,
         option(
             "--prune-generated/--keep-generated",
-            help="Prune scored tokens as they leave the recent window, or keep them whole as ThinK and GRACE do.",
+            help="Prune scored tokens as they leave the recent window, or keep them whole as ThinK and GRACE do; "
+            "as the method or mask says if left out.",
         ),
-    ] = False,
+    ] = None,
     needle_length: Annotated[
         list[int] | None, option("--needle-length", help="Tokens of a needle prompt; repeatable; none if left out.")
     ] = None,
@@ -100,7 +101,7 @@ def evaluate(
             tokenizer,
             chosen,
             planned,
-            prune_generated=prune_generated,
+            generated=None if prune_generated is None else "prune" if prune_generated else "keep",
             needles=needles,
             seed=seed,
             progress=lambda done, total: show("evaluate, caches scored", done, total),
@@ -129,12 +130,12 @@ def _planned(
     value_ratio: float,
     budget_bytes: list[float],
     masks: list[Path],
-) -> list[Run]:
+) -> list[Trial]:
     """What is to be measured: every method at every budget, and the masks."""
     from grace_opt.compression.budget import Budget
-    from grace_opt.compression.mask import load_mask
+    from grace_opt.compression.mask_file import load_mask
     from grace_opt.compression.method import method
-    from grace_opt.evaluate.run import mask_run, runs
+    from grace_opt.evaluate.run import mask_trial, trials
 
     overrides = named_options("--method-option", names, options)
     budgets = [Budget(ratio, value_ratio) for ratio in ratios]
@@ -143,5 +144,5 @@ def _planned(
         raise InputError("a method needs a budget; give --ratio or --budget-bytes")
     if not names and not masks:
         raise InputError("there is nothing to evaluate; give --method with --ratio, or --mask")
-    planned = runs({name: method(name, overrides[name]) for name in names}, budgets)
-    return [*planned, *(mask_run(str(folder), load_mask(folder)) for folder in masks)]
+    planned = trials({name: method(name, overrides[name]) for name in names}, budgets)
+    return [*planned, *(mask_trial(str(folder), load_mask(folder)) for folder in masks)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 
@@ -44,7 +44,7 @@ def generate(
 ) -> None:
     """Continue a prompt with a channel-pruned cache."""
     explain(ctx, talk.verbose)
-    from grace_opt.compression.mask import load_mask
+    from grace_opt.compression.mask_file import load_mask
     from grace_opt.models.texts import read_pieces
 
     if mask is not None and method is not None:
@@ -60,11 +60,13 @@ def generate(
     from grace_opt import runtime
     from grace_opt.runtime.generate import generate as run
 
-    past, bits = None, {"key_bits": key_bits, "value_bits": value_bits}
+    past = None
     if loaded_mask is not None:
-        past = runtime.cache(loaded_mask, loaded, **cast(Any, bits))
+        past = runtime.cache(loaded_mask, loaded, key_bits=key_bits, value_bits=value_bits)
     elif method is not None:
-        past = runtime.online_cache(loaded, method, ratio=ratio, value_ratio=value_ratio, **cast(Any, bits))
+        past = runtime.online_cache(
+            loaded, method, ratio=ratio, value_ratio=value_ratio, key_bits=key_bits, value_bits=value_bits
+        )
     record = run(loaded, tokenizer, prompt, past, max_new_tokens=max_new_tokens, num_beams=num_beams)
     if talk.format is Format.JSON:
         about = {"model": model, "mask": None if mask is None else str(mask), "method": method}

@@ -6,7 +6,7 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from grace_opt.errors import InputError
-from grace_opt.graphs.bundle import GraphBundle, Kind
+from grace_opt.greedy import forward
+from grace_opt.heads import HeadName, Kind
 from grace_opt.problem import FloatArray, SubsetProblem, prune_count
 
 
@@ -51,7 +52,7 @@ class Sharing:
     Attributes:
         budget: ``uniform``: every head prunes the same; ``shared``: the heads of all layers share a total.
         rounding: of ratio * n in the uniform budget (GRACE prunes the ceiling, ThinK the floor).
-        align: each head keeps a multiple of so many channels.
+        align: each head keeps a multiple of so many channels, or of the size of tied groups if that is more.
         floor: of the shared budget: each head keeps at least so many channels.
         value_weight: where keys and values share bytes, how much an error of the values counts.
     """
@@ -86,12 +87,13 @@ def allot(
     a token with nothing pruned, for a budget in bytes. Raises InputError for a budget that floors or protection do not
     allow.
     """
+    units = {kind: math.lcm(sharing.align, _tied(heads)) for kind, heads in problems.items()}
     if sharing.budget == "uniform":
         if budget.bytes_per_token is None:
             up = sharing.rounding == "ceil"
             # A head with less to prune is refused when its problem is made.
             return {
-                kind: [prune_count(budget.of(kind), p.n, up=up, align=sharing.align) for p in heads]
+                kind: [prune_count(budget.of(kind), p.n, up=up, align=units[kind]) for p in heads]
                 for kind, heads in problems.items()
             }
         ratio = max(
@@ -100,7 +102,7 @@ def allot(
             / sum(costs[kind] * sum(p.n for p in heads) for kind, heads in problems.items()),
         )
         prunes = {
-            kind: [prune_count(ratio, p.n, up=True, align=sharing.align) for p in heads]
+            kind: [prune_count(ratio, p.n, up=True, align=units[kind]) for p in heads]
             for kind, heads in problems.items()
         }
         too_much = (
@@ -116,57 +118,27 @@ def allot(
                 f"{budget.bytes_per_token:g} is asked for; raise the budget, prune values too or protect fewer channels"
             )
         return prunes
-    for heads in problems.values():
-        if heads[0].n % sharing.align:
-            raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {sharing.align}; change align")
+    for kind, heads in problems.items():
+        if heads[0].n % units[kind]:
+            raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {units[kind]}; change align")
     curves = {kind: _comparable(heads, kind, queries) for kind, heads in problems.items()}
-    share = partial(shared, floor=sharing.floor, align=sharing.align)
+    share = partial(shared, floor=sharing.floor)
     if budget.bytes_per_token is None:
         totals = {kind: sum(p.n for p in heads) * budget.of(kind) for kind, heads in problems.items()}
         return {
-            kind: share(curves[kind], math.floor(total + 1e-9), sizes=[p.n for p in problems[kind]])
+            kind: share(curves[kind], math.floor(total + 1e-9), align=units[kind], sizes=[p.n for p in problems[kind]])
             for kind, total in totals.items()
         }
     flat = [(kind, curve) for kind, each in curves.items() for curve in each]
     pruned = share(
         [sharing.value_weight * curve if kind == "value" else curve for kind, curve in flat],
         whole - budget.bytes_per_token,
+        align=math.lcm(*units.values()),
         costs=[costs[kind] for kind, _ in flat],
         whole=whole,
         sizes=[problem.n for heads in problems.values() for problem in heads],
     )
     return {kind: [m for (of, _), m in zip(flat, pruned, strict=True) if of == kind] for kind in problems}
-
-
-def problems_of(bundle: GraphBundle, budget: Budget, sharing: Sharing, *, protect: bool = True) -> list[SubsetProblem]:
-    """A problem for each head of a bundle, in its order, that prunes what a budget allots to it.
-
-    A budget in bytes is of a cache of 16-bit numbers. Raises InputError as `allot` does, if a ratio prunes more than is
-    prunable, and for tied channels in any but a uniform ratio.
-    """
-    if sharing.budget == "uniform" and budget.bytes_per_token is None:
-        return bundle.problems(budget.ratio, value_ratio=budget.value_ratio, protect=protect, align=sharing.align)
-    plain = bundle.problems(0.0, protect=protect)
-    if any(problem.groups is not None for problem in plain):
-        raise InputError("this bundle ties channels in groups, for which only a uniform ratio is supported yet")
-    problems: dict[Kind, list[SubsetProblem]] = {}
-    for head, problem in zip(bundle.heads, plain, strict=True):
-        problems.setdefault(head.kind, []).append(problem)
-    kv_heads = bundle.integer("num_key_value_heads", 1 + max(head.kv_head for head in bundle.heads))
-    group = bundle.integer("num_attention_heads", kv_heads) // kv_heads
-    dims = {"key": bundle.integer("head_dim", plain[0].n)}
-    dims["value"] = bundle.integer("value_head_dim", dims["key"])
-    layers = len({head.layer for head in bundle.heads})
-    prunes = allot(
-        problems,
-        budget,
-        sharing,
-        queries=group * bundle.integer("observation_window", 32),
-        costs={"key": 2.0, "value": 2.0},
-        whole=2.0 * layers * kv_heads * sum(dims.values()),
-    )
-    left = {kind: iter(each) for kind, each in prunes.items()}
-    return [replace(problem, prune=next(left[head.kind])) for head, problem in zip(bundle.heads, plain, strict=True)]
 
 
 def bytes_per_channel(bits: int | None, element_size: int) -> float:
@@ -183,8 +155,8 @@ def _comparable(problems: Sequence[SubsetProblem], kind: Kind, queries: int) -> 
     if kind == "key":
         return [curve / queries for curve in curves]
     # Outputs of different layers are of different size, and add to the same residual stream.
-    totals: dict[str, float] = defaultdict(float)
-    layers = [problem.name.split(".kv_heads.")[0] for problem in problems]
+    totals: dict[int, float] = defaultdict(float)
+    layers = [HeadName.parse(problem.name).layer for problem in problems]
     for layer, problem in zip(layers, problems, strict=True):
         totals[layer] += float(problem.weights.sum())
     return [curve / (totals[layer] or 1.0) for layer, curve in zip(layers, curves, strict=True)]
@@ -244,22 +216,26 @@ def shared(
 def error_curves(problems: Sequence[SubsetProblem]) -> list[FloatArray]:
     """For each head the objective with its 0, 1, ... channels of forward greedy pruned, all heads at once.
 
-    The heads must have one n and no tied groups. Protected channels are never pruned: a curve ends where they begin.
-    O(heads n^2).
+    The heads must have one n, and tied groups of one size s (then a curve is exact at multiples of s, and linear
+    between them). Protected channels are never pruned: a curve ends where they begin. O(heads n^2).
     """
-    weights = np.stack([problem.weights for problem in problems])
-    heads, n = weights.shape[:2]
-    scores = np.diagonal(weights, axis1=1, axis2=2).copy()
-    for row, problem in zip(scores, problems, strict=True):
-        if problem.protected is not None:
-            row[problem.protected] = np.inf
-    rows, steps = np.arange(heads), np.zeros((heads, n + 1))
-    for step in range(1, n + 1):
-        picks = scores.argmin(1)
-        steps[:, step] = scores[rows, picks]
-        scores += 2 * weights[rows, picks]
-        scores[rows, picks] = np.inf
-    return [curve[: 1 + problem.prunable] for curve, problem in zip(steps.cumsum(1), problems, strict=True)]
+    size = _tied(problems)
+    graphs = [problem.contraction for problem in problems]
+    weights = np.stack([graph.weights for graph in graphs])
+    _, costs = forward(weights, weights.shape[1], np.stack([graph.free for graph in graphs]))
+    steps = np.concatenate([np.zeros((len(weights), 1)), costs], axis=1).cumsum(1)
+    if size > 1:
+        at = np.arange(size * (steps.shape[1] - 1) + 1) / size
+        steps = np.stack([np.interp(at, np.arange(steps.shape[1]), row) for row in steps])
+    return [curve[: 1 + problem.prunable] for curve, problem in zip(steps, problems, strict=True)]
+
+
+def _tied(problems: Sequence[SubsetProblem]) -> int:
+    """How many channels are tied together in all heads alike. Raises InputError if that differs."""
+    sizes = {1 if problem.groups is None else problem.contraction.equal_size() for problem in problems}
+    if len(sizes) > 1 or None in sizes:
+        raise InputError("channels are tied in groups of several sizes, which no budget can be shared over; tie pairs")
+    return sizes.pop() or 1
 
 
 def _hull_slopes(curve: FloatArray) -> FloatArray:

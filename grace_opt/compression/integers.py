@@ -8,18 +8,103 @@ last group of a row may be shorter (KIVI keeps such tokens whole), and 3 bits ta
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor
 
+from grace_opt.compression.codec import Codec
 from grace_opt.errors import InputError
+from grace_opt.heads import Kind
 
 Bits = Literal[2, 3, 4, 8]
 Axis = Literal["channel", "token"]
+AXES: dict[Kind, Axis] = {"key": "channel", "value": "token"}  # of the scales
+GROUP = 32  # tokens of a block, and elements that share a scale
 
 _LIMIT = 65504.0  # the largest float16
+
+
+@dataclass(frozen=True, eq=False)
+class Integers(Codec):
+    """The rows of another codec as packed integers, in blocks of 32 tokens.
+
+    Residuals of whole tokens are those of the exact row, so the newest tokens, which are not packed yet, are exact.
+    """
+
+    inner: Codec
+    bits: Bits
+    axis: Axis
+
+    name: ClassVar[str] = "integers"
+
+    def __post_init__(self) -> None:
+        if self.bits not in get_args(Bits):
+            raise InputError(f"packed integers have 2, 3, 4 or 8 bits, got {self.bits}")
+        if self.axis not in get_args(Axis):
+            raise InputError(f"the axis of packed integers must be channel or token, got {self.axis!r}")
+
+    @property
+    def n(self) -> int:
+        return self.inner.n
+
+    @property
+    def width(self) -> int:
+        return self.inner.width
+
+    @property
+    def residual_width(self) -> int:
+        return self.inner.residual_width
+
+    @property
+    def block(self) -> int:
+        return GROUP
+
+    def sized(self, n: int) -> Self:
+        return replace(self, inner=self.inner.sized(n))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.inner.encode(x)
+
+    def residual(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.inner.residual(x, z)
+
+    def asked(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.asked(query)
+
+    def read(self, total: Tensor, residual: Tensor | None) -> Tensor:
+        return self.inner.read(total, residual)
+
+    def pack(self, z: Tensor) -> tuple[Tensor, ...]:
+        packed = quantise(z, self.bits, self.axis, GROUP)
+        return packed.codes, packed.scale, packed.zero
+
+    def unpack(self, held: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return self.packed(held, dtype).unpack()
+
+    def packed(self, held: Sequence[Tensor], dtype: torch.dtype) -> Packed:
+        """What `pack` returned, with its description."""
+        codes, scale, zero = held
+        shape = torch.Size([*codes.shape[:-2], GROUP, self.width])
+        return Packed(codes, scale, zero, shape, dtype, self.bits, self.axis, GROUP)
+
+    def stored(self, z: Tensor) -> Tensor:
+        return quantise(z, self.bits, self.axis, GROUP).unpack()
+
+    def nbytes(self, tokens: int, itemsize: int) -> int:
+        lines = self.width if self.axis == "channel" else GROUP
+        groups = 1 if self.axis == "channel" else math.ceil(self.width / GROUP)
+        length = GROUP if self.axis == "channel" else self.width
+        block = lines * (math.ceil(length * self.bits / 8) + 4 * groups)
+        return tokens // GROUP * block + tokens % GROUP * self.width * itemsize
+
+
+def as_integers(codec: Codec, bits: int, kind: Kind) -> Codec:
+    """The codec of keys or values with its rows held in so many bits; 0: as they are. Raises InputError."""
+    inner = codec.inner if isinstance(codec, Integers) else codec
+    return Integers(inner, cast(Bits, bits), AXES[kind]) if bits else inner
 
 
 @dataclass(frozen=True, eq=False)

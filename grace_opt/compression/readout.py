@@ -6,6 +6,7 @@ is stored for a token; the estimate folds into the query (keys) or into what att
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -13,14 +14,43 @@ import numpy as np
 
 from grace_opt.errors import InputError
 from grace_opt.graphs.bundle import HeadGraph
+from grace_opt.heads import Kind
 from grace_opt.problem import FloatArray
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCOPES = ("none", "prefill", "static")
-MIXING = {"key": 0.05, "value": 0.3}  # of equal weights into attention's, as measured (docs/results/quality.md)
-ReadoutKind = Literal["none", "mean", "least-squares", "attention"]
+READOUT_SCOPES = ("none", "prefill", "static")
+ReadoutFit = Literal["none", "mean", "least-squares", "attention"]
+
+
+@dataclass(frozen=True)
+class ReadoutRecipe:
+    """How a read-out is fitted to the tokens that are pruned.
+
+    Attributes:
+        readout_fit: ``attention``: ridge regression under the attention that each token receives; ``least-squares``:
+            all tokens alike; ``mean``: the mean alone, B = 0; ``none``: dropped channels read as zeros.
+        mixing, value_mixing: of equal weights into attention's, for keys and for values, as measured
+            (docs/results/quality.md).
+        ridge: share of the kept channels' mean variance that is added to each.
+    """
+
+    readout_fit: ReadoutFit = "attention"
+    mixing: float = 0.05
+    value_mixing: float = 0.3
+    ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("mixing", "value_mixing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.ridge < math.inf:
+            raise InputError(f"ridge must not be negative, and finite; got {self.ridge}")
+
+    def mixed(self, kind: Kind) -> float:
+        """The mixing of keys or of values."""
+        return self.mixing if kind == "key" else self.value_mixing
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +70,11 @@ class Readout:
 
 
 def weighted_moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> tuple[Tensor, Tensor]:
-    """Mean [H, n] and covariance [H, n, n] of each head's tokens [H, T, n], float64, as of `moments`.
+    """Mean [H, n] and covariance [H, n, n], float64, of each head's tokens [H, T, n] under the weights
+    (1 - mixing) weights [H, T] + mixing / T; None weighs all tokens alike.
 
-    Summed in float32 (float64 for float64 tokens), which the centring makes accurate enough: half of the time.
+    The mixing keeps the covariance well conditioned where a few tokens receive all attention. Summed in float32
+    (float64 for float64 tokens), which the centring makes accurate enough: half of the time. O(T n^2) a head.
     """
     import torch
 
@@ -58,11 +90,7 @@ def weighted_moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> t
 
 
 def moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> list[Moments]:
-    """Moments of each head's tokens [H, T, n] under the weights (1 - mixing) weights [H, T] + mixing / T.
-
-    None weighs all tokens alike. The mixing keeps the covariance well conditioned where a few tokens receive all
-    attention. O(T n^2) a head.
-    """
+    """`weighted_moments` of each head, in numpy."""
     mean, covariance = weighted_moments(tokens, weights, mixing)
     return [Moments(m, c) for m, c in zip(mean.cpu().numpy(), covariance.cpu().numpy(), strict=True)]
 
@@ -80,25 +108,43 @@ def bundle_moments(head: HeadGraph, tokens: int, mixing: float) -> Moments:
     return Moments(middle, second - np.outer(middle, middle))
 
 
-def fit(about: Moments, keep: np.ndarray, *, linear: bool = True, ridge: float = 1e-3) -> Readout:
-    """The read-out of least weighted squared error on the tokens of ``about``, for kept channels int[d].
+def fit_many(
+    mean: Tensor, covariance: Tensor, width: int, ridge: float, *, linear: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Read-outs of many heads at once, without waiting for their device: B [H, n - d, d] and constant [H, n - d].
 
-    Ridge regression: ``ridge`` times the mean variance of the kept channels is added to each of them, so that B stays
-    small where they barely differ. For any ridge >= 0 the error that it fits is not above that of zeros in the dropped
-    channels: ridge regression never exceeds the error of B = 0, which is the mean's, and the mean's is the least of all
-    constants. ``linear`` False: the mean alone (B = 0). O(d^3).
+    From the mean [H, n] and covariance [H, n, n], float64, of tokens with the kept channels first. Ridge regression:
+    ``ridge`` times the mean variance of the kept channels is added to each of them, so that B stays small where they
+    barely differ. For any ridge >= 0 the error that it fits is not above that of zeros in the dropped channels: ridge
+    regression never exceeds the error of B = 0, which is the mean's, and the mean's is the least of all constants.
+    ``linear`` False: the mean alone (B = 0). O(H d^3).
     """
-    n, d = len(about.mean), len(keep)
-    dropped = np.setdiff1d(np.arange(n), keep)
-    matrix = np.zeros((n - d, d))
-    if linear and 0 < d < n:
-        block = about.covariance[np.ix_(keep, keep)]
-        shift = ridge * float(np.trace(block)) / d
-        both = about.covariance[np.ix_(keep, dropped)]
-        # Without a ridge the covariance may be singular: least squares of least norm.
-        solved = np.linalg.solve(block + shift * np.eye(d), both) if shift > 0 else np.linalg.pinv(block) @ both
-        matrix = solved.T
-    return Readout(about.mean[dropped] - matrix @ about.mean[keep], matrix)
+    import torch
+
+    block, both = covariance[:, :width, :width], covariance[:, :width, width:]
+    if not linear or width == 0:
+        return torch.zeros_like(both.mT), mean[:, width:]
+    if ridge == 0:  # the covariance may be singular: least squares of least norm
+        solved = torch.linalg.pinv(block, hermitian=True) @ both
+    else:
+        shift = ridge * block.diagonal(dim1=1, dim2=2).mean(1)
+        # Where the kept channels do not vary at all, anything positive gives B = 0.
+        shift = shift.clamp(min=torch.finfo(shift.dtype).tiny)[:, None, None]
+        solved, _ = torch.linalg.solve_ex(block + shift * torch.eye(width).to(block), both)
+    return solved.mT, mean[:, width:] - (solved.mT @ mean[:, :width, None])[..., 0]
+
+
+def fit(about: Moments, keep: np.ndarray, *, linear: bool = True, ridge: float = 1e-3) -> Readout:
+    """`fit_many` for one head, for kept channels int[d], in numpy. The least weighted squared error on its tokens."""
+    import torch
+
+    order = np.concatenate([keep, np.setdiff1d(np.arange(len(about.mean)), keep)]).astype(np.int64)
+    mean, covariance = (
+        torch.from_numpy(np.ascontiguousarray(each))[None]
+        for each in (about.mean[order], about.covariance[np.ix_(order, order)])
+    )
+    matrix, constant = fit_many(mean, covariance, len(keep), ridge, linear=linear)
+    return Readout(constant[0].numpy(), matrix[0].numpy())
 
 
 def squared_error(about: Moments, keep: np.ndarray, readout: Readout | None) -> float:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from grace_opt.compression.budget import Budget, Sharing, problems_of
-from grace_opt.compression.mask import KVMask, mask_from_solutions, save_mask
+from grace_opt.compression.apply import apply, mask_from_solutions, problems_of
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.mask_file import save_mask
+from grace_opt.compression.method import METHODS
+from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
 from grace_opt.files import write_json
 from grace_opt.graphs import save_bundle
 from grace_opt.graphs.calibrate import Calibration, calibrate
 from grace_opt.models.load import load_model
-from grace_opt.models.texts import DEFAULT_TEXT, read_pieces, token_windows
+from grace_opt.models.texts import DEFAULT_TEXT, prose, read_pieces, token_windows
 from grace_opt.registry import create
 from grace_opt.reports.kept_channels import kept_channels
 from grace_opt.solve import solve_many
@@ -29,20 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from grace_opt.runtime.generate import Forced
-
-# Calibrated on the language reference, tried on other prose that every CPython carries: how its modules say they work.
-_PROMPT_MODULES = (
-    "statistics",
-    "argparse",
-    "copy",
-    "http.cookies",
-    "heapq",
-    "urllib.parse",
-    "doctest",
-    "typing",
-    "random",
-    "pdb",
-)
 
 
 @dataclass(frozen=True)
@@ -80,18 +65,19 @@ def run(
     folder: Path,
     *,
     ratio: float = 0.5,
-    solver: str = "greedy",
+    solver: str | None = None,
     context: int = 1024,
     new_tokens: int = 64,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> DemoResult:
     """Calibrate ``model_name``, solve at ``ratio``, generate from a long prompt with the full and with pruned caches.
 
-    ``think`` and ``grace`` choose their channels from the prompt, as they do; ``grace-opt`` is the calibrated mask, a
-    budget shared over heads, with a read-out fitted to the prompt. All run on the same kind of cache and decode
-    greedily (``text`` and the times). Then each is fed the full cache's tokens, so that ``kl`` (nats, mean over the new
-    tokens) and ``agree`` (how often it would have chosen the same token) compare like with like. Leaves
-    graphs.safetensors, mask/, kept-channels.png and demo.json in ``folder``.
+    ``think`` and ``grace`` choose their channels from the prompt, as they do; ``grace-opt`` is the calibrated mask that
+    ``grace-opt solve`` makes, by ``solver`` or the method's own. All run on the same kind of cache and decode greedily
+    (``text`` and the times). Then each is fed the full cache's tokens, so that ``kl`` (nats, mean over the new tokens)
+    and ``agree`` (how often it would have chosen the same token) compare like with like. The calibration text is
+    Python's language reference, the prompt is prose of its library's documentation. Leaves graphs.safetensors, mask/,
+    kept-channels.png and demo.json in ``folder``.
     """
     import torch
 
@@ -99,7 +85,8 @@ def run(
 
     if new_tokens < 1 or not 0 < ratio < 1:
         raise InputError(f"the demo needs a new token and a ratio between 0 and 1, got {new_tokens} and {ratio}")
-    runner = create(solver)
+    method = METHODS["grace-opt"]
+    chosen = create(solver or method.selection.offline_solver)
     progress(f"load {model_name}", 0, 1)
     model, tokenizer = load_model(model_name)
     check_context(model, context, new_tokens)
@@ -113,22 +100,20 @@ def run(
         progress=lambda done, total: progress("calibrate, tokens", done, total),
     )
     save_bundle(bundle, folder / "graphs.safetensors")
-    solutions = solve_many(problems_of(bundle, Budget(ratio), Sharing(), protect=False), runner)
-    mask = mask_from_solutions(bundle, solutions, readout="prefill")
+    solutions = solve_many(problems_of(bundle, method, Budget(ratio)), chosen)
+    mask = mask_from_solutions(bundle, solutions, method, readout_scope="prefill")
     save_mask(mask, folder / "mask")
     picture = folder / "kept-channels.png"
-    kept_channels(mask, picture, f"{model_name}: key channels kept at ratio {ratio:g} by {solver}")
+    kept_channels(mask, picture, f"{model_name}: key channels kept at ratio {ratio:g} by {chosen.name}")
+    prompt = torch.tensor([next(token_windows(prose(), tokenizer, context, context))], device=model.device)
 
-    pieces = [inspect.getdoc(importlib.import_module(name)) or "" for name in _PROMPT_MODULES]
-    prompt = torch.tensor([next(token_windows(pieces, tokenizer, context, context))], device=model.device)
-
-    def decode(tokens: torch.Tensor | int, used: KVMask | None, what: str) -> tuple[Forced, torch.Tensor]:
+    def decode(tokens: torch.Tensor | int, used: CachePlan | None, what: str) -> tuple[Forced, torch.Tensor]:
         return forced(model, prompt, tokens, used, lambda done: progress(what, done, new_tokens))
 
     reference, reference_tokens = decode(new_tokens, None, "generate, full cache")
-    masks = {"full": None, **_prompt_masks(model, model_name, prompt[0].tolist(), ratio), "grace-opt": mask}
+    plans = {"full": None, **_prompt_plans(model, prompt[0].tolist(), ratio), "grace-opt": mask.plan}
     records = []
-    for name, used in masks.items():
+    for name, used in plans.items():
         free, judged, tokens = reference, reference, reference_tokens
         if used is not None:
             free, tokens = decode(new_tokens, used, f"generate, {name}")
@@ -138,7 +123,7 @@ def run(
                 "model": model_name,
                 "cache": name,
                 "ratio": 0.0 if used is None else ratio,
-                "solver": solver if used is mask else None,
+                "solver": chosen.name if used is mask.plan else None,
                 "kept_channels": mask.head_dim if used is None else mean_width(used),
                 "head_dim": mask.head_dim,
                 "prompt_tokens": prompt.shape[1],
@@ -155,25 +140,20 @@ def run(
     return DemoResult(records, picture)
 
 
-def _prompt_masks(model: PreTrainedModel, model_name: str, ids: list[int], ratio: float) -> dict[str, KVMask]:
-    """The masks that ThinK and GRACE choose from a prompt."""
-    from grace_opt.compression.method import METHODS, compress
-    from grace_opt.evaluate.prefill import prefill
+def _prompt_plans(model: PreTrainedModel, ids: list[int], ratio: float) -> dict[str, CachePlan]:
+    """What ThinK and GRACE choose from a prompt."""
+    from grace_opt.evaluate.capture import capture
 
-    state = prefill(model, ids, len(ids), max(METHODS[name].observation_window for name in ("think", "grace")))
-    masks = {}
-    for name in ("think", "grace"):
-        policy = METHODS[name]
-        seen = state.observed(policy.observation_window, policy.recent_window, policy.sinks)
-        heads = {i: maps.heads["key"] for i, maps in compress(policy, seen, Budget(ratio)).layers.items()}
-        keep = {i: tuple(head.encode.numpy().astype(np.int32) for head in each) for i, each in heads.items()}
-        first = next(iter(seen.values())).keys
-        masks[name] = KVMask(
-            model_name, first.shape[0], first.shape[2], keep, recent_window=policy.recent_window, sinks=policy.sinks
-        )
-    return masks
+    methods = {name: METHODS[name] for name in ("think", "grace")}
+    captured = capture(model, ids, len(ids), max(each.selection.observation_window for each in methods.values()))
+    plans = {}
+    for name, each in methods.items():
+        seen = captured.observed(each.selection.observation_window, each.windows, each.selection.spans)
+        plans[name] = apply(each, seen, Budget(ratio))
+    return plans
 
 
-def mean_width(mask: KVMask) -> float:
+def mean_width(plan: CachePlan) -> float:
     """Key channels that the average head keeps."""
-    return float(np.mean([len(kept) for heads in mask.key_keep.values() for kept in heads]))
+    widths = [width for heads in plan.widths("key").values() for width in heads]
+    return sum(widths) / len(widths)

@@ -2,74 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from grace_opt.compression.apply import apply
 from grace_opt.compression.budget import Budget
-from grace_opt.compression.headmaps import KINDS, Compression
 from grace_opt.compression.mask import KVMask
-from grace_opt.compression.method import METHODS, Method, compress, compress_by_mask
+from grace_opt.compression.method import Method
+from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
+from grace_opt.evaluate.capture import Captured, capture
 from grace_opt.evaluate.documents import Document, Passages, passages
-from grace_opt.evaluate.prefill import Prefill, greedy_tokens, log_probabilities, prefill
+from grace_opt.evaluate.replay import dense, greedy_tokens, log_probabilities, replay
 from grace_opt.evaluate.statistics import Interval, bootstrap_mean, paired, rate
 from grace_opt.evaluate.tasks.needle import ANSWER_TOKENS, NeedlePrompt, found, needle_prompts
-from grace_opt.heads import Kind
+from grace_opt.heads import KINDS, Kind
 from grace_opt.models.config import text_config
+from grace_opt.runtime.cache import cache_nbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Record = dict[str, Any]
+Generated = Literal["keep", "prune"]
 POSITION_BINS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """What is evaluated: a method at a budget, or a mask (its channels, with the read-out of ``policy``)."""
+class Trial:
+    """What is evaluated: a method at a budget, or a mask. ``budget`` of a mask is what it prunes, measured."""
 
     name: str
-    policy: Method
+    what: Method | KVMask
     budget: Budget = field(default_factory=Budget)
-    mask: KVMask | None = None
 
-    def compress(self, state: Prefill) -> Compression:
-        """Compress a prompt's cache. Raises InputError for what the method or the mask cannot do with it."""
-        if self.mask is not None:
-            self.mask.check_model(state.model.config, str(state.model.config.name_or_path))
-        windows = self.policy if self.mask is None else self.mask
-        observed = state.observed(
-            self.policy.observation_window, windows.recent_window, windows.sinks, self.policy.spans
-        )
-        if self.mask is not None:
-            return compress_by_mask(self.policy, observed, self.mask)
-        return compress(self.policy, observed, self.budget)
+    @property
+    def queries(self) -> int:
+        """How many of a prompt's last queries it looks at."""
+        if isinstance(self.what, Method):
+            return self.what.selection.observation_window
+        return max((layer.queries for layer in self.what.plan), default=1)
+
+    def options(self) -> dict[str, Any]:
+        """What was asked for, for the record."""
+        if isinstance(self.what, Method):
+            return self.what.options()
+        return {**asdict(self.what.windows), "readout_scope": self.what.readout_scope, "solver": self.what.solver}
+
+    def plan(self, captured: Captured, generated: Generated | None = None) -> CachePlan:
+        """The plan for a prompt. Raises InputError for what the method or the mask cannot do with it."""
+        if isinstance(self.what, KVMask):
+            self.what.check_model(captured.model.config, str(captured.model.config.name_or_path))
+            return self.what.plan.changed(generated=generated)
+        selection = self.what.selection
+        seen = captured.observed(selection.observation_window, self.what.windows, selection.spans)
+        return apply(self.what, seen, self.budget).changed(generated=generated)
 
 
-def runs(methods: Mapping[str, Method], budgets: Sequence[Budget]) -> list[Run]:
+def trials(methods: Mapping[str, Method], budgets: Sequence[Budget]) -> list[Trial]:
     """Every method at every budget, by budget."""
-    return [Run(name, policy, budget) for budget in budgets for name, policy in methods.items()]
+    return [Trial(name, each, budget) for budget in budgets for name, each in methods.items()]
 
 
-def mask_run(name: str, mask: KVMask) -> Run:
-    """A mask's channels, with the read-out that it asks for: none, static, or fitted to each prompt.
-
-    Its ratios are measured.
-    """
-    policy = replace(
-        METHODS["grace-opt" if mask.readout_scope == "prefill" else "grace"],
-        solver=str(mask.solver.get("name", "unknown")),
-        recent_window=mask.recent_window,
-        sinks=mask.sinks,
-    )
-    pruned = [1 - mask.keep_matrix(kind).mean() for kind in KINDS]
-    return Run(name, policy, Budget(*map(float, pruned)), mask)
+def mask_trial(name: str, mask: KVMask) -> Trial:
+    """A mask, with everything that it says."""
+    return Trial(name, mask, Budget(*(float(1 - mask.keep_matrix(kind).mean()) for kind in KINDS)))
 
 
 def prompts(
@@ -102,7 +105,7 @@ def prompts(
 
 @dataclass
 class _Measured:
-    """What one run did on all documents and needles."""
+    """What one trial did on all documents and needles."""
 
     kl: list[np.ndarray] = field(default_factory=list)  #: float64[scored] a document
     rise: list[float] = field(default_factory=list)
@@ -116,33 +119,32 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: Any,
     chosen: Passages,
-    runs: Sequence[Run],
+    trials: Sequence[Trial],
     *,
-    prune_generated: bool = False,
+    generated: Generated | None = None,
     needles: Sequence[NeedlePrompt] = (),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
-    """One record for each run.
+    """One record for each trial.
 
-    A passage's prefix is run once, uncompressed, as prefill does; each method chooses its channels from that prompt's
-    own last queries and keys; then the passage's other tokens are scored under the compressed cache, and compared with
-    the uncompressed one token by token (see `log_probabilities`). A needle prompt is run up to its last token, and
-    its answer decoded greedily from the compressed cache. Memory: the log-probabilities of all scored tokens of one
+    A passage's prefix is run once, uncompressed, as prefill does. Each method makes its plan from that prompt's own
+    last queries and keys, the cache that the plan asks for is built from them, by the code that runs in generation, and
+    the passage's other tokens are scored on it, and compared with the uncompressed cache token by token. A needle
+    prompt is run up to its last token, and its answer decoded greedily. Memory: the log-probabilities of all scored tokens of one
     passage, 4 bytes times scored times vocabulary. The fields of a record are in docs/evaluation.md.
+
+    Args:
+        generated: ``keep`` the scored tokens whole, or ``prune`` them as they leave the recent window; None: as each
+            method or mask says.
 
     Raises InputError for a budget or prefix that a method cannot do, or a model that cannot be observed.
     """
-    if not runs:
+    if not trials:
         raise InputError("there is nothing to evaluate; name at least one method and one ratio, or a mask")
-    if prune_generated and any(run.policy.key_bits or run.policy.value_bits for run in runs):
-        raise InputError(
-            "integers of tokens that leave the window one by one cannot be scored yet; leave out --prune-generated or "
-            "the bits"
-        )
-    window = max(run.policy.observation_window for run in runs)
-    measured = [_Measured() for _ in runs]
-    total = (len(chosen.ids) + len(needles)) * (1 + len(runs))
+    queries = max(trial.queries for trial in trials)
+    measured = [_Measured() for _ in trials]
+    total = (len(chosen.ids) + len(needles)) * (1 + len(trials))
     done, full = 0, 0.0
     about: dict[str, Any] = {}
 
@@ -153,47 +155,55 @@ def evaluate(
             progress(done, total)
 
     for ids in chosen.ids:
-        state = prefill(model, ids, chosen.prefix, window)
-        dense = list(log_probabilities(state, None))
-        full = held_bytes(state, None)
-        layer = next(iter(state.queries))
-        first = state.past.layers[layer]
-        about = {"layers": list(state.queries), "head_dim": first.keys.shape[-1]}
+        captured = capture(model, ids, chosen.prefix, queries)
+        full = cache_nbytes(captured.past) / captured.prefix
+        plain = torch.cat(list(log_probabilities(captured, dense(captured))))
+        first = captured.past.layers[next(iter(captured.queries))]
+        about = {"layers": list(captured.queries), "head_dim": first.keys.shape[-1]}
         about["value_head_dim"] = first.values.shape[-1]
         step()
-        for run, result in zip(runs, measured, strict=True):
-            compression = run.compress(state)
-            chunks = log_probabilities(state, compression, prune_generated=prune_generated)
-            kl, rise, agree = divergence(state, dense, chunks)
-            result.kl.append(kl)
-            result.rise.append(rise)
-            result.agree.append(agree)
-            result.held.append(held_bytes(state, compression))
-            result.widths.append({kind: compression.widths(kind) for kind in KINDS})
+        for trial, result in zip(trials, measured, strict=True):
+            _score(captured, plain, trial.plan(captured, generated), result)
             step()
     for prompt in needles:
-        state = prefill(model, prompt.ids, len(prompt.ids) - 1, window)
+        captured = capture(model, prompt.ids, len(prompt.ids) - 1, queries)
         step()
-        for run, result in zip(runs, measured, strict=True):
-            text = tokenizer.decode(greedy_tokens(state, run.compress(state), ANSWER_TOKENS))
+        for trial, result in zip(trials, measured, strict=True):
+            with torch.inference_mode(), replay(captured, trial.plan(captured, generated)) as past:
+                text = tokenizer.decode(greedy_tokens(captured, past, ANSWER_TOKENS))
             result.needles.append((prompt.length, prompt.depth, found(text, prompt.answer)))
             step()
-    about |= {"full_bytes_per_token": full, "prune_generated": prune_generated}
+    about |= {"full_bytes_per_token": full, "generated": generated}
     about |= {name: getattr(chosen, name) for name in ("prefix", "scored", "too_short")}
     records = []
-    for run, result in zip(runs, measured, strict=True):
-        rival = next((other for of, other in zip(runs, measured, strict=True) if of.budget == run.budget), result)
-        records.append(_record(run, result, rival, about, seed))
+    for trial, result in zip(trials, measured, strict=True):
+        rival = next((other for of, other in zip(trials, measured, strict=True) if of.budget == trial.budget), result)
+        records.append(_record(trial, result, rival, about, seed))
     return records
 
 
-def divergence(state: Prefill, dense: Sequence[Tensor], chunks: Any) -> tuple[np.ndarray, float, float]:
-    """KL of each token, rise of the NLL a token, and agreement of the likeliest token."""
-    targets = state.ids[0, state.prefix + 1 :]
+def _score(captured: Captured, plain: Tensor, plan: CachePlan, result: _Measured) -> None:
+    """Build the cache, count its bytes, and score what follows the prompt on it."""
+    with torch.inference_mode(), replay(captured, plan) as past:
+        result.held.append(cache_nbytes(past) / captured.prefix)
+        result.widths.append({kind: plan.widths(kind) for kind in KINDS})
+        kl, rise, agree = divergence(captured, plain, log_probabilities(captured, past))
+    result.kl.append(kl)
+    result.rise.append(rise)
+    result.agree.append(agree)
+
+
+def divergence(captured: Captured, plain: Tensor, chunks: Iterable[Tensor]) -> tuple[np.ndarray, float, float]:
+    """KL of each token, rise of the NLL a token, and agreement of the likeliest token.
+
+    ``plain`` float32[scored, vocabulary]: uncompressed log-probabilities; ``chunks``: the compressed ones, in parts.
+    """
+    targets = captured.ids[0, captured.prefix + 1 :]
     rise = agree = 0.0
     at = 0
     kl = []
-    for before, after in zip(dense, chunks, strict=True):
+    for after in chunks:
+        before = plain[at : at + len(after)]
         kl.append((before.exp() * (before - after)).sum(-1, dtype=torch.float64).cpu().numpy())
         agree += float((before.argmax(-1) == after.argmax(-1)).sum())
         next_ones = targets[at : at + len(before), None]
@@ -203,42 +213,16 @@ def divergence(state: Prefill, dense: Sequence[Tensor], chunks: Any) -> tuple[np
     return np.concatenate(kl), rise / max(at - 1, 1), agree / at
 
 
-def held_bytes(state: Prefill, compression: Compression | None) -> float:
-    """Bytes a token of the prefix that the cache holds, uncompressed (None) or compressed.
-
-    Counted from tensors: what the maps store of the old tokens, whole sinks and recent tokens, the read-outs in the
-    cache's own dtype, kept channels as int32.
-    """
-    held = 0.0
-    for index, layer in enumerate(state.past.layers):
-        whole = [layer.keys[0], layer.values[0]]
-        maps = None if compression is None else compression.layers.get(index)
-        if maps is None or compression is None:
-            held += sum(tensor.nbytes for tensor in whole)
-            continue
-        old = slice(compression.sinks, max(compression.sinks, whole[0].shape[1] - compression.recent_window))
-        for tensor, heads in zip(whole, map(maps.heads.get, KINDS), strict=True):
-            rest = tensor.nbytes - tensor[:, old].nbytes
-            if maps.hidden:
-                held += rest
-            elif heads is None:
-                held += tensor.nbytes
-            else:
-                held += rest + sum(m.store(x[old]).nbytes for m, x in zip(heads, tensor, strict=True))
-                held += sum(m.parameter_bytes(tensor.element_size()) for m in heads)
-    return held / state.prefix
-
-
-def _record(run: Run, result: _Measured, rival: _Measured, about: Mapping[str, Any], seed: int) -> Record:
+def _record(trial: Trial, result: _Measured, rival: _Measured, about: Mapping[str, Any], seed: int) -> Record:
     kl, first = (np.array([each.mean() for each in of.kl]) for of in (result, rival))
     dims = {"key": about["head_dim"], "value": about["value_head_dim"]}
     kept = {kind: _mean_widths([each[kind] for each in result.widths], about["layers"], dims[kind]) for kind in KINDS}
     hits = [hit for _, _, hit in result.needles]
     return {
-        "method": run.name,
-        "ratio": run.budget.ratio,
-        "value_ratio": run.budget.value_ratio,
-        "budget_bytes": run.budget.bytes_per_token,
+        "method": trial.name,
+        "ratio": trial.budget.ratio,
+        "value_ratio": trial.budget.value_ratio,
+        "budget_bytes": trial.budget.bytes_per_token,
         "kl": _interval(bootstrap_mean(kl, seed=seed)),
         "nll": _interval(bootstrap_mean(result.rise, seed=seed)),
         "top1": float(np.mean(result.agree)),
@@ -251,7 +235,7 @@ def _record(run: Run, result: _Measured, rival: _Measured, about: Mapping[str, A
         "kl_positions": _by_position(np.array(result.kl), seed),
         "kept": kept,
         "needles": _by_place(result.needles),
-        "options": asdict(run.policy),
+        "options": trial.options(),
     }
 
 

@@ -106,7 +106,7 @@ def calibrate(
     import torch
 
     from grace_opt.graphs.accumulate import GraphSums
-    from grace_opt.runtime.attention import attending_with, observing, require_attention_interface
+    from grace_opt.models.attention import attending_with, observing, require_attention_interface
 
     options = options or Calibration()
     config = text_config(model.config)

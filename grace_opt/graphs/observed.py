@@ -51,7 +51,7 @@ class Observed:
         return slice(self.sinks, self.keys.shape[1] - self.recent_window)
 
     @cached_property
-    def unaligned(self) -> Observed:
+    def all_tokens(self) -> Observed:
         """The same, as if no token stayed whole."""
         return replace(self, sinks=0, recent_window=0, graphs={})
 

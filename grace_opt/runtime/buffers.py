@@ -1,4 +1,4 @@
-"""Where a cache layer holds the kept channels of its tokens: growing, preallocated, or as packed integers."""
+"""Where a cache layer holds rows: growing, preallocated or packed; and the residuals of the last tokens."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from grace_opt.compression.integers import Axis, Bits, Packed, quantise
+from grace_opt.compression.codec import Codec
 
-GROUP = 32  # tokens of one block of integers
-_BLOCKS = 64  # of integers that are unpacked at a time
+_BLOCKS = 64  # packed blocks that are unpacked at a time
 
 
-class Store(Protocol):
-    """The kept channels of tokens, [B, H, T, d]."""
+class Buffer(Protocol):
+    """The rows of tokens, [B, H, T, width]."""
 
     @property
     def tokens(self) -> Tensor:
-        """[B, H, _, d]: those that are held as they came, in order."""
+        """[B, H, _, width]: those that are held as they came, in order."""
 
     @property
     def fixed(self) -> int:
         """How many of the first tokens cannot be forgotten, short of all."""
 
-    def append(self, tokens: Tensor, at: int | Tensor) -> None:
-        """Store tokens [B, H, m, d], the first of them at position ``at``."""
+    def append(self, rows: Tensor, at: int | Tensor) -> None:
+        """Store rows [B, H, m, width], the first of them at slot ``at``."""
+
+    def start(self, first: int) -> None:
+        """From slot ``first`` on tokens may be packed: the first ones have come, and it is known which are sinks."""
 
     def parts(self) -> Iterator[Tensor]:
-        """All tokens in order, [B, H, _, d] at a time, in the dtype that they came in."""
+        """All rows in order, [B, H, _, width] at a time, in the dtype that they came in."""
 
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens``."""
+
+    def take(self, slots: Tensor) -> None:
+        """Keep only these slots of each row of the batch, int64[B, S]."""
+
+    def unbroken(self) -> int | None:
+        """How many tokens may come in one update as if they came one by one; None: any number."""
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is held."""
@@ -43,7 +51,7 @@ class Store(Protocol):
 
 class Growing:
     """A buffer that grows by 1/128 of its length: at most 0.8 % of it is waste, and an appended token copies about 128
-    tokens' worth of it in the mean, instead of all of it.
+    tokens' worth of it on average, instead of all of it.
     """
 
     fixed = 0
@@ -52,9 +60,12 @@ class Growing:
         self.buffer = like.new_empty(*like.shape[:2], 0, *like.shape[3:])
         self.length = 0
 
-    def append(self, tokens: Tensor, at: int | Tensor) -> None:
-        self.buffer = _append(self.buffer, int(at), tokens)
-        self.length = int(at) + tokens.shape[2]
+    def append(self, rows: Tensor, at: int | Tensor) -> None:
+        self.buffer = _append(self.buffer, int(at), rows)
+        self.length = int(at) + rows.shape[2]
+
+    def start(self, first: int) -> None:
+        pass
 
     @property
     def tokens(self) -> Tensor:
@@ -66,6 +77,13 @@ class Growing:
     def crop(self, tokens: int) -> None:
         self.length = tokens
 
+    def take(self, slots: Tensor) -> None:
+        self.buffer = taken(self.tokens, slots)
+        self.length = slots.shape[1]
+
+    def unbroken(self) -> int | None:
+        return None
+
     def tensors(self) -> list[Tensor]:
         return [self.buffer]
 
@@ -74,24 +92,32 @@ class Growing:
 
 
 class Preallocated:
-    """A buffer of fixed size, written in place; columns past the last token hold zeros or what was cropped."""
+    """A buffer of fixed size, written in place; slots past the last token hold zeros or what was cropped."""
 
     fixed = 0
 
     def __init__(self, like: Tensor, capacity: int) -> None:
         self.tokens = like.new_zeros(*like.shape[:2], capacity, like.shape[3])
-        if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.tokens)
+        fix(self.tokens)
 
-    def append(self, tokens: Tensor, at: int | Tensor) -> None:
-        positions = at + torch.arange(tokens.shape[2], device=tokens.device)
-        self.tokens.index_copy_(2, positions, tokens)
+    def append(self, rows: Tensor, at: int | Tensor) -> None:
+        positions = at + torch.arange(rows.shape[2], device=rows.device)
+        self.tokens.index_copy_(2, positions, rows)
+
+    def start(self, first: int) -> None:
+        pass
 
     def parts(self) -> Iterator[Tensor]:
         yield self.tokens
 
     def crop(self, tokens: int) -> None:
         pass  # attention masks what lies past the length
+
+    def take(self, slots: Tensor) -> None:
+        raise NotImplementedError("a preallocated buffer drops no tokens")
+
+    def unbroken(self) -> int | None:
+        return None
 
     def tensors(self) -> list[Tensor]:
         return [self.tokens]
@@ -100,86 +126,217 @@ class Preallocated:
         self.tokens = change(self.tokens)
 
 
-class Integers:
-    """Old tokens as packed integers, in blocks of 32; the first and the last tokens as they came.
+class Packed:
+    """Old tokens as a codec packs them, in its blocks; the first and the last tokens as they came.
 
-    First the ``head`` (padding and sinks, as they came), then the blocks, then the ``tail``. A block is packed once
-    ``keep`` tokens have come after it.
+    First the ``first`` (padding and sinks), then the blocks, then the ``last``. A block is packed once ``keep`` tokens
+    have come after it; with ``once``, only when packing starts.
     """
 
-    def __init__(self, like: Tensor, bits: Bits, axis: Axis, keep: int) -> None:
-        self.bits, self.axis, self.keep = bits, axis, keep
-        self.head = self.tail = like.new_empty(*like.shape[:2], 0, like.shape[3])
-        self.blocks: list[Growing] = []  # codes, scales and zeros, [B, H, blocks, ..]
+    def __init__(self, like: Tensor, codec: Codec, keep: int, once: bool) -> None:
+        self.codec, self.keep, self.once = codec, keep, once
+        self.first = self.last = like.new_empty(*like.shape[:2], 0, like.shape[3])
+        self.blocks: list[Growing] = []  # what the codec packs a block into, [B, H, blocks, ..]
         self.started = False
 
-    def append(self, tokens: Tensor, at: int | Tensor) -> None:
-        self.tail = torch.cat([self.tail, tokens], dim=2)
-        if self.started:
+    def append(self, rows: Tensor, at: int | Tensor) -> None:
+        self.last = torch.cat([self.last, rows], dim=2)
+        if self.started and not self.once:
             self.pack()
 
-    def start(self, head: int) -> None:
-        """Pack from token ``head`` on: the first tokens have come, and it is known which of them are sinks."""
-        self.started = True
-        self.head, self.tail = self.tail[:, :, :head].clone(), self.tail[:, :, head:]
-        self.pack()
+    def start(self, first: int) -> None:
+        if not self.started:
+            self.started = True
+            self.first, self.last = self.last[:, :, :first].clone(), self.last[:, :, first:]
+            self.pack()
 
     def pack(self) -> None:
         """Pack what is old enough."""
-        count = (self.tail.shape[2] - self.keep) // GROUP
+        block = self.codec.block
+        count = (self.last.shape[2] - self.keep) // block
         if count < 1:
             return
-        old = self.tail[:, :, : count * GROUP].reshape(*self.tail.shape[:2], count, GROUP, -1)
-        packed = quantise(old, self.bits, self.axis, GROUP)
-        new = [packed.codes, packed.scale, packed.zero]
+        old = self.last[:, :, : count * block].reshape(*self.last.shape[:2], count, block, -1)
+        new = self.codec.pack(old)
         self.blocks = self.blocks or [Growing(each) for each in new]
         for growing, each in zip(self.blocks, new, strict=True):
             growing.append(each, growing.length)
-        self.tail = self.tail[:, :, count * GROUP :].clone()
+        self.last = self.last[:, :, count * block :].clone()
 
     @property
     def packed_tokens(self) -> int:
-        return GROUP * self.blocks[0].length if self.blocks else 0
+        """How many are packed."""
+        return self.codec.block * self.blocks[0].length if self.blocks else 0
 
     @property
     def fixed(self) -> int:
-        return self.head.shape[2] + self.packed_tokens if self.blocks else 0
+        return self.first.shape[2] + self.packed_tokens if self.blocks else 0
 
-    @property
-    def packed(self) -> Packed | None:
-        """The blocks, of shape [B, H, blocks, 32, d]."""
-        return self._blocks(slice(0, self.blocks[0].length)) if self.blocks else None
-
-    def _blocks(self, part: slice) -> Packed:
-        codes, scale, zero = (each.tokens[:, :, part] for each in self.blocks)
-        shape = torch.Size([*codes.shape[:3], GROUP, self.tail.shape[3]])
-        return Packed(codes, scale, zero, shape, self.tail.dtype, self.bits, self.axis, GROUP)
+    def held(self, part: slice = slice(None)) -> list[Tensor]:
+        """What some of the blocks were packed into, [B, H, blocks, ..] each."""
+        return [each.tokens[:, :, part] for each in self.blocks]
 
     @property
     def tokens(self) -> Tensor:
-        """Those that are not packed."""
-        return torch.cat([self.head, self.tail], dim=2) if self.head.shape[2] else self.tail
+        return torch.cat([self.first, self.last], dim=2) if self.first.shape[2] else self.last
 
     def parts(self) -> Iterator[Tensor]:
-        yield self.head
-        for low in range(0, self.packed_tokens // GROUP, _BLOCKS):
-            yield self._blocks(slice(low, low + _BLOCKS)).unpack().flatten(2, 3)
-        yield self.tail
+        yield self.first
+        for low in range(0, self.packed_tokens // self.codec.block, _BLOCKS):
+            yield self.codec.unpack(self.held(slice(low, low + _BLOCKS)), self.last.dtype).flatten(2, 3)
+        yield self.last
 
     def crop(self, tokens: int) -> None:
-        held = tokens - self.packed_tokens - self.head.shape[2]
+        held = tokens - self.packed_tokens - self.first.shape[2]
         if held < 0:  # only while nothing is packed: start again
-            self.tail, self.head, self.started = self.head[:, :, :tokens], self.tail[:, :, :0], False
+            self.last, self.first, self.started = self.first[:, :, :tokens], self.last[:, :, :0], False
         else:
-            self.tail = self.tail[:, :, :held]
+            self.last = self.last[:, :, :held]
+
+    def take(self, slots: Tensor) -> None:
+        raise NotImplementedError("packed blocks drop no tokens")
+
+    def unbroken(self) -> int | None:
+        if self.once or not self.started:
+            return None
+        block, after = self.codec.block, self.last.shape[2] + 1 - self.keep  # of the next token
+        return block - after % block if after >= 0 else block - after
 
     def tensors(self) -> list[Tensor]:
-        return [self.head, self.tail, *(each.buffer for each in self.blocks)]
+        return [self.first, self.last, *(each.buffer for each in self.blocks)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.head, self.tail = change(self.head), change(self.tail)
+        self.first, self.last = change(self.first), change(self.last)
         for block in self.blocks:
             block.each(change)
+
+
+class Window(Protocol):
+    """The residuals of the last tokens."""
+
+    def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
+        """Take those of tokens that just came, ``length`` tokens with them; returns what their queries may see whole,
+        [B, H, _, e], up to the last token, or for a fixed one from its first slot on."""
+
+    def crop(self, count: int, length: int) -> None:
+        """Forget the last ``count`` tokens, all but ``length``."""
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that is held."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor that is held."""
+
+
+class Sliding:
+    """Of the last ``recent`` tokens, and of ``spare`` more, so that as many can be taken back."""
+
+    def __init__(self, residuals: Tensor, recent: int, spare: int) -> None:
+        self.recent, self.limit = recent, recent + spare
+        # A view would hold on to the whole prompt's residuals.
+        self.rows = residuals[:, :, max(0, residuals.shape[2] - self.limit) :].clone()
+
+    def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
+        span = torch.cat([self.rows, residuals], dim=2)
+        kept = span[:, :, max(0, span.shape[2] - self.limit) :]
+        self.rows = kept if kept.shape[2] == span.shape[2] else kept.clone()
+        return span[:, :, span.shape[2] - min(span.shape[2], self.recent) :] if residuals.shape[2] == 1 else span
+
+    def crop(self, count: int, length: int) -> None:
+        self.rows = self.rows[:, :, : max(0, self.rows.shape[2] - count)].clone()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.rows]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.rows = change(self.rows)
+
+
+class Kept:
+    """Of the last ``recent`` tokens of the prompt and of all tokens after it, and of ``spare`` more before them."""
+
+    def __init__(self, residuals: Tensor, recent: int, spare: int) -> None:
+        self.recent = recent
+        first = residuals[:, :, max(0, residuals.shape[2] - recent - spare) :]
+        self.rows, self.prompt = Growing(first), first.shape[2]  # rows of the prompt's tokens
+        self.rows.append(first, 0)
+
+    def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
+        self.rows.append(residuals, self.rows.length)
+        return self.rows.tokens[:, :, max(0, self.prompt - self.recent) :]
+
+    def crop(self, count: int, length: int) -> None:
+        self.rows.crop(max(0, self.rows.length - count))
+        self.prompt = min(self.prompt, self.rows.length)
+
+    def tensors(self) -> list[Tensor]:
+        return self.rows.tensors()
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.rows.each(change)
+
+
+class FixedSliding:
+    """`Sliding` in place; it is full from the start, with zeros before the first token."""
+
+    def __init__(self, residuals: Tensor, recent: int, spare: int) -> None:
+        self.recent = recent
+        self.rows = residuals.new_zeros(*residuals.shape[:2], recent + spare, residuals.shape[3])
+        count = min(residuals.shape[2], recent + spare)
+        if count:
+            self.rows[:, :, -count:] = residuals[:, :, residuals.shape[2] - count :]
+        fix(self.rows)
+
+    def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
+        span = torch.cat([self.rows, residuals], dim=2)
+        self.rows.copy_(span[:, :, residuals.shape[2] :])
+        return span[:, :, span.shape[2] - self.recent :] if residuals.shape[2] == 1 else span
+
+    def crop(self, count: int, length: int) -> None:
+        self.rows.copy_(self.rows.roll(count, dims=2))  # the layer knows that the first are none now
+
+    def tensors(self) -> list[Tensor]:
+        return [self.rows]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.rows = change(self.rows)
+
+
+class FixedKept:
+    """`Kept` in place: from slot ``begins`` to the end of the cache; what lies past the last token is never seen."""
+
+    def __init__(self, residuals: Tensor, length: int, recent: int, capacity: int) -> None:
+        self.recent, self.prompt = recent, residuals.shape[2]  # rows of the prompt's tokens
+        self.begins = length - self.prompt
+        self.rows = residuals.new_zeros(*residuals.shape[:2], capacity - self.begins, residuals.shape[3])
+        self.rows[:, :, : self.prompt] = residuals
+        fix(self.rows)
+
+    def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
+        at = length - residuals.shape[2] - self.begins + torch.arange(residuals.shape[2], device=residuals.device)
+        self.rows.index_copy_(2, at, residuals)
+        return self.rows[:, :, max(0, self.prompt - self.recent) :]
+
+    def crop(self, count: int, length: int) -> None:
+        self.prompt = max(0, min(self.prompt, length - self.begins))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.rows]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.rows = change(self.rows)
+
+
+def taken(rows: Tensor, slots: Tensor) -> Tensor:
+    """Of each row of the batch [B, H, T, d] the slots int64[B, S]: [B, H, S, d]."""
+    return rows.gather(2, slots[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
+
+
+def fix(*tensors: Tensor) -> None:
+    """Tell the compiler that these tensors stay where they are, so that CUDA graphs may write into them."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
 
 
 def _append(buffer: Tensor, length: int, new: Tensor) -> Tensor:

@@ -1,28 +1,28 @@
-"""The channel-pruned cache of a whole model."""
+"""The compressed cache of a whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+import grace_opt.runtime.attention  # noqa: F401  (registers the attention function)
+from grace_opt.compression.apply import online
 from grace_opt.compression.budget import Budget
-from grace_opt.compression.headmaps import KINDS
-from grace_opt.compression.integers import Bits
-from grace_opt.compression.mask import KVMask, load_mask
-from grace_opt.compression.method import METHODS, Method
-from grace_opt.errors import InputError, did_you_mean
-from grace_opt.heads import Kind
+from grace_opt.compression.mask import KVMask
+from grace_opt.compression.mask_file import load_mask
+from grace_opt.compression.method import Method
+from grace_opt.compression.method import method as named
+from grace_opt.compression.plan import CachePlan, LayerPlan
+from grace_opt.errors import InputError
+from grace_opt.heads import KINDS
+from grace_opt.models.attention import NAME, require_attention_interface, switch
 from grace_opt.models.config import text_config
-from grace_opt.runtime import attention
 from grace_opt.runtime.layer import PrunedLayer
-from grace_opt.runtime.plan import LayerPlan
 from grace_opt.runtime.ragged import RaggedLayer
 from grace_opt.runtime.static import StaticPrunedLayer
 
@@ -31,7 +31,24 @@ if TYPE_CHECKING:
 
 
 class PrunedCache(Cache):
-    """A transformers ``Cache`` whose layers hold the kept channels only. Made by `cache` and `online_cache`."""
+    """A transformers ``Cache`` whose layers execute a `CachePlan`. Made by `cache` and `online_cache`.
+
+    While it is in use the model's attention implementation is ``grace_opt``, which is SDPA wherever nothing is
+    compressed. `release`, the end of a ``with`` block, or the end of the cache itself sets back what was there before.
+    """
+
+    plan: CachePlan
+    _release: Callable[[], object]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """The cache goes out of use: the model gets back the attention implementation that it had."""
+        self._release()
 
     @property
     def nbytes(self) -> int:
@@ -50,52 +67,40 @@ class PrunedCache(Cache):
 
 
 def cache(
-    mask: KVMask | str | Path,
+    mask: CachePlan | KVMask | str | Path,
     model: PreTrainedModel,
     *,
     max_length: int | None = None,
-    key_bits: Bits | None = None,
-    value_bits: Bits | None = None,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    generated: Literal["keep", "prune"] | None = None,
     offload: bool = False,
 ) -> PrunedCache:
     """A new, empty cache for ``model(..., past_key_values=...)`` and ``model.generate``.
 
-    Layers that the mask leaves out, and the sliding-window layers of a mixed model, get transformers' own cache
-    layer. Sets the model's attention implementation to ``grace_opt``, which is SDPA wherever keys are not pruned.
+    Layers that the plan leaves out, and the sliding-window layers of a mixed model, get transformers' own cache layer.
 
     Args:
-        mask: a folder or a `KVMask`.
+        mask: a folder, a `KVMask` or a `CachePlan`. It says everything; the other arguments override parts of it.
         max_length: preallocate for so many tokens, for torch.compile and CUDA graphs; None: grow as tokens come.
-        key_bits: hold the kept channels of old keys as integers of 2, 3, 4 or 8 bits.
+        key_bits: hold the rows of old keys as integers of 2, 3, 4 or 8 bits (0: as they are), whatever the mask says.
         value_bits: the same of values.
+        generated: ``prune`` generated tokens as they leave the recent window, or ``keep`` them whole.
         offload: keep each layer's tensors on the CPU but while it attends.
 
     Raises:
         InputError: for a mask of another model, a mask that this runtime cannot execute (pruned prefill), a model whose
-            attention cannot be replaced, or integers in a preallocated cache.
+            attention cannot be replaced, or integers or a token policy in a preallocated cache.
     """
-    mask = mask if isinstance(mask, KVMask) else load_mask(mask)
-    attention.require_attention_interface(model)
-    mask.check_model(model.config, str(model.config.name_or_path))
-    if mask.prefill != "full":
-        raise InputError(f"this mask asks for {mask.prefill} prefill, and the runtime can only run full prefill")
-    bits = _bits(key_bits, value_bits)
-    plans: dict[int, LayerPlan] = {}
-    policy = replace(METHODS["grace-opt"], recent_window=mask.recent_window, sinks=mask.sinks)
-    for index in sorted({*mask.key_keep, *mask.value_keep}):
-        keep: dict[Kind, Sequence[Tensor]] = {
-            kind: [torch.from_numpy(kept.astype(np.int64)) for kept in keeps[index]]
-            for kind, keeps in zip(KINDS, (mask.key_keep, mask.value_keep), strict=True)
-            if index in keeps
-        }
-        heads = mask.num_key_value_heads
-        readouts: Any = "prefill" if mask.readout_scope == "prefill" else None
-        if mask.readout_scope == "static":
-            readouts = {kind: [mask.static_readout(kind, index, head) for head in range(heads)] for kind in keep}
-        plans[index] = LayerPlan(
-            index, mask.sinks, mask.recent_window, policy, heads, mask.head_dim, keep, readouts=readouts, bits=bits
-        )
-    return _assembled(model, plans, max_length, offload)
+    given = load_mask(mask) if isinstance(mask, str | Path) else mask
+    require_attention_interface(model)
+    if isinstance(given, KVMask):
+        given.check_model(model.config, str(model.config.name_or_path))
+        if given.prefill != "full":
+            raise InputError(f"this mask asks for {given.prefill} prefill, and the runtime can only run full prefill")
+        given = given.plan
+    bits = {kind: each for kind, each in zip(KINDS, (key_bits, value_bits), strict=True) if each is not None}
+    return _assembled(model, given.changed(generated=generated, bits=bits), max_length, offload)
 
 
 def online_cache(
@@ -105,92 +110,78 @@ def online_cache(
     ratio: float,
     value_ratio: float = 0.0,
     max_length: int | None = None,
-    key_bits: Bits | None = None,
-    value_bits: Bits | None = None,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    generated: Literal["keep", "prune"] | None = None,
     offload: bool = False,
 ) -> PrunedCache:
-    """As `cache`, but each prompt chooses its own channels, layer by layer, right after its attention was computed.
+    """As `cache`, but each prompt chooses what is kept of it, layer by layer, right after its attention was computed.
 
-    The method's objective, protection and read-out are applied on the model's device, to each row of the batch; every
-    head prunes the same number of channels, as a layer cannot wait for those behind it. The solver is greedy, or
-    independent (ThinK).
+    The method's parts are applied on the model's device, to each row of the batch; every head prunes the same number of
+    channels, as a layer cannot wait for those behind it. The solver is greedy, or independent (ThinK).
 
     Raises:
-        InputError: as `cache`; for a method that this cannot run (projections, whole tokens, other solvers), or an
-            unknown one; for ratios outside [0, 1).
+        InputError: as `cache`; for a method that selects by another solver, or an unknown one; for ratios outside
+            [0, 1).
     """
-    policy = METHODS[method] if isinstance(method, str) and method in METHODS else method
-    if isinstance(policy, str):
-        raise InputError(f"unknown method {method!r}{did_you_mean(policy, METHODS)}")
-    if policy.structure != "channels" or policy.solver not in ("greedy", "independent"):
-        raise InputError(
-            "a cache that chooses its channels from each prompt runs methods that select channels by the greedy or the "
-            f"independent solver, not {policy.structure} by {policy.solver}; make a mask with grace-opt solve instead"
-        )
-    attention.require_attention_interface(model)
-    plan = LayerPlan(
-        0,
-        policy.sinks,
-        policy.recent_window,
-        policy,
-        budget=Budget(ratio, value_ratio),
-        readouts=None if policy.readout == "none" else "prefill",
-        bits=_bits(key_bits or policy.key_bits, value_bits or policy.value_bits),
-    )
+    policy = named(method) if isinstance(method, str) else method
+    require_attention_interface(model)
     layers = DynamicCache(config=text_config(model.config)).layers
-    plans = {index: replace(plan, index=index) for index, layer in enumerate(layers) if type(layer) is DynamicLayer}
-    return _assembled(model, plans, max_length, offload)
-
-
-def _bits(key_bits: Bits | None, value_bits: Bits | None) -> dict[Kind, Bits]:
+    plan = online(
+        policy, [i for i, each in enumerate(layers) if type(each) is DynamicLayer], Budget(ratio, value_ratio)
+    )
     bits = {kind: each for kind, each in zip(KINDS, (key_bits, value_bits), strict=True) if each is not None}
-    for each in bits.values():
-        if each not in get_args(Bits):
-            raise InputError(f"packed integers have 2, 3, 4 or 8 bits, got {each}")
-    return bits
+    return _assembled(model, plan.changed(generated=generated, bits=bits), max_length, offload)
 
 
-def _assembled(
-    model: PreTrainedModel, plans: Mapping[int, LayerPlan], max_length: int | None, offload: bool
-) -> PrunedCache:
+def _assembled(model: PreTrainedModel, plan: CachePlan, max_length: int | None, offload: bool) -> PrunedCache:
     config = text_config(model.config)
-    if max_length is not None and max_length < 1:
-        raise InputError(f"max_length must be at least 1, got {max_length}")
-    if max_length is not None and any(plan.bits for plan in plans.values()):
-        raise InputError("integers need a cache that grows; leave out max_length, or key_bits and value_bits")
+    if max_length is not None:
+        _check_preallocated(plan, max_length)
     layers: list[Any] = DynamicCache(config=config).layers
     kinds = [type(layer) for layer in layers]
     if max_length is not None:
         layers = StaticCache(config=config, max_cache_len=max_length).layers
-    for index, plan in plans.items():
+    for layer_plan in plan:
+        index = layer_plan.index
+        if index >= len(layers):
+            raise InputError(f"the plan has a layer {index}, and this model has {len(layers)}; use one made for it")
         if kinds[index] is not DynamicLayer:
             raise InputError(
                 f"layer {index} of this model needs a {kinds[index].__name__}, whose channels cannot be pruned yet; "
                 "leave the layer out of the mask"
             )
-        layers[index] = _layer(plan, max_length)
+        layers[index] = _layer(layer_plan, max_length)
         layers[index].offloading = offload
-    model.set_attn_implementation(attention.NAME)
-    return PrunedCache(layers=layers)
+    past = PrunedCache(layers=layers)
+    past.plan = plan
+    past._release = weakref.finalize(past, switch(model, NAME))
+    return past
+
+
+def _check_preallocated(plan: CachePlan, max_length: int) -> None:
+    if max_length < 1:
+        raise InputError(f"max_length must be at least 1, got {max_length}")
+    for layer in plan:
+        codecs = [codec for each in layer.codecs.values() for codec in each]
+        chosen = layer.choice.method if layer.choice is not None else None
+        if any(codec.block for codec in codecs) or (chosen and (chosen.key_bits or chosen.value_bits)):
+            raise InputError("integers need a cache that grows; leave out max_length, or key_bits and value_bits")
+        if layer.tokens is not None:
+            raise InputError("a token policy needs a cache that grows; leave out max_length")
 
 
 def _layer(plan: LayerPlan, max_length: int | None) -> PrunedLayer | RaggedLayer:
     def made(part: LayerPlan) -> PrunedLayer:
         return PrunedLayer(part) if max_length is None else StaticPrunedLayer(part, max_length)
 
-    if plan.budget is not None:
+    groups: dict[Any, list[int]] = {}
+    for head in range(plan.heads or 0):
+        groups.setdefault(tuple(each[head].signature() for each in plan.codecs.values()), []).append(head)
+    if len(groups) < 2:
         return made(plan)
-    assert plan.heads is not None
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for head in range(plan.heads):
-        groups.setdefault(tuple(len(keep[head]) for keep in plan.keep.values()), []).append(head)
-    parts = [
-        plan.part(heads, {kind: torch.stack([keep[head] for head in heads]) for kind, keep in plan.keep.items()})
-        for _, heads in sorted(groups.items())
-    ]
-    if len(parts) == 1:
-        return made(parts[0])
-    return RaggedLayer(plan, [heads for _, heads in sorted(groups.items())], [made(part) for part in parts])
+    heads = sorted(groups.values(), key=lambda each: ([codecs[each[0]].width for codecs in plan.codecs.values()], each))
+    return RaggedLayer(plan, heads, [made(plan.part(each)) for each in heads])
 
 
 def cache_nbytes(past: Cache) -> int:
@@ -206,7 +197,7 @@ def cache_nbytes(past: Cache) -> int:
 
 
 def full_cache_nbytes(past: Cache) -> int:
-    """Bytes that the same tokens would take if no channel were pruned."""
+    """Bytes that the same tokens would take if nothing were compressed."""
     total = cache_nbytes(past)
     for layer in past.layers:
         if isinstance(layer, PrunedLayer | RaggedLayer):

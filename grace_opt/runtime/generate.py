@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from grace_opt.compression.mask import KVMask
+from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,15 +16,11 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 
-def new_cache(model: PreTrainedModel, mask: KVMask | None) -> Cache:
-    """A pruned cache, or transformers' own (DynamicCache) without a mask."""
+def plain_cache(model: PreTrainedModel) -> Cache:
+    """transformers' own."""
     from transformers.cache_utils import DynamicCache
 
-    from grace_opt.runtime import cache
-
-    if mask is None:
-        return DynamicCache(config=model.config.get_text_config(decoder=True))
-    return cache(mask, model)
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def generate(
@@ -53,7 +49,7 @@ def generate(
     if length == 0:
         raise InputError("the prompt is empty; give at least one word")
     check_context(model, length, max_new_tokens)
-    past = new_cache(model, None) if past is None else past
+    past = plain_cache(model) if past is None else past
     began = time.perf_counter()
     with torch.inference_mode():
         ids = cast(Any, model).generate(
@@ -90,7 +86,7 @@ def forced(
     model: PreTrainedModel,
     prompt: Tensor,
     tokens: Tensor | int,
-    mask: KVMask | None,
+    plan: CachePlan | None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Forced, Tensor]:
     """Prefill ``prompt`` int64[1, T] and decode one token at a time, on one cache.
@@ -100,9 +96,9 @@ def forced(
     """
     import torch
 
-    from grace_opt.runtime import cache_nbytes
+    from grace_opt.runtime import PrunedCache, cache, cache_nbytes
 
-    past = new_cache(model, mask)
+    past = plain_cache(model) if plan is None else cache(plan, model)
     given = None if isinstance(tokens, int) else tokens
     count = tokens if isinstance(tokens, int) else len(tokens)
     used, logits = [], []
@@ -119,6 +115,8 @@ def forced(
                 row = model(input_ids=used[-1].view(1, 1), past_key_values=past).logits[0, -1].float()
         ended = time.perf_counter()
     run = Forced(torch.stack(logits), cache_nbytes(past), prefilled - began, ended - prefilled)
+    if isinstance(past, PrunedCache):
+        past.release()
     return run, torch.stack(used)
 
 

@@ -1,4 +1,4 @@
-"""One layer of the channel-pruned cache."""
+"""One layer of the compressed cache."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from grace_opt.compression.headmaps import AXES
+from grace_opt.compression.apply import for_prompt
+from grace_opt.compression.codec import Codec, Whole
+from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
-from grace_opt.heads import Kind
-from grace_opt.runtime.attend import kernel_reads
-from grace_opt.runtime.attention import Pruned
-from grace_opt.runtime.buffers import Growing, Integers, Store
-from grace_opt.runtime.plan import LayerPlan
-from grace_opt.runtime.side import Channels
+from grace_opt.heads import KINDS, Kind
+from grace_opt.runtime.buffers import Buffer, Growing, Kept, Packed, Sliding, Window, taken
+from grace_opt.runtime.handle import Handle
+from grace_opt.runtime.kernels.choose import usable
+from grace_opt.runtime.kernels.contract import Kernel
+from grace_opt.runtime.prompt import Rows, Staying, observed, staying
+from grace_opt.runtime.side import Side
 
 _CROP = 32  # tokens that can be taken back, at most
 
+Output = Callable[[], Tensor | None]  # the weight of the projection after a layer's attention
+
 
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Kept channels of all tokens; dropped channels of the sinks and of the recent window only.
+    """Rows of all tokens that stay; residuals of the sinks, of the recent window, and of what a policy keeps whole.
 
     "Base plus residual window": a token that leaves the window is forgotten by shifting the window; nothing is packed
-    again. All KV heads keep the same number of key channels, and of value channels (`RaggedLayer` for others).
+    again. The codecs of all KV heads have one signature (`RaggedLayer` for others).
 
-    Rows of ``_CROP`` more tokens than the window, but no more than the window has, are held so that as many tokens can
-    be taken back (`crop`): those that move into the window from behind are whole again.
+    Residuals of ``spare`` more tokens than the window, but no more than the window has, are held so that as many tokens
+    can be taken back (`crop`): those that move into the window from behind are whole again.
+
+    A token has a *slot* in the buffers. Without a token policy that is its position; where tokens were dropped,
+    ``positions`` says which it is.
     """
 
     is_sliding = False
@@ -38,62 +46,53 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     dtype: torch.dtype
     device: torch.device
-    first: Tensor  #: int64[B], the position of each row's first real token
-    keys_held: Channels
-    values_held: Channels
+    first: Tensor  #: int64[B], the slot of each row's first real token
+    key_side: Side
+    value_side: Side
 
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.plan, self.index = plan, plan.index
-        self.sink_count, self.recent_window = plan.sinks, plan.recent_window
+        self.sink_count, self.recent_window = plan.windows.sinks, plan.windows.recent_window
+        self.keeps = plan.windows.generated == "keep"
         self.spare = min(self.recent_window, _CROP)
         self.offloading = False
+        self.stepwise = False  #: whether tokens of one update see each other as if they came one by one
         self.reset()
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.is_initialized = False
-        self.length: int = 0
-        self.sinks_start: int | None = None  #: position of the first sink, if it is the same in all rows
+        self.length: int = 0  #: slots in use
+        self.dropped: int = 0  #: tokens that have come and have no slot
+        self.prompt_length = 0  #: slots of the prompt
+        self.positions: Tensor | None = None  #: int64[B, slots], of the tokens, -1 for none; None: as they came
+        self.extra: Tensor | None = None  #: int64[B, K], slots of whole tokens beside sinks and window, -1 for none
+        self.reach: int | None = None  #: how many of the last tokens stay, if a policy lets them slide
+        self.sinks_start: int | None = None  #: slot of the first sink, if it is the same in all rows
         self.sinks_end = 0  #: one past the last sink of any row
+        self.kernels: list[Kernel] = []  #: those that read it, the best first; known once the prompt is stored
         self._prompt: tuple[Tensor, Tensor] | None = None  # of the first update, until `begin`
         self._unattended = False  # whether tokens came that `attention` has not seen
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take dtype, device and shapes from the first states. Raises InputError if the mask does not fit them."""
+        """Take dtype, device and shapes from the first states. Raises InputError if the plan does not fit them."""
         self.plan.check(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch = key_states.shape[0]
         self._elements = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
-        self.keys_held = self._channels("key", key_states)
-        self.values_held = self._channels("value", value_states)
         self.first = torch.zeros(self.batch, dtype=torch.long, device=self.device)
-        self.fused = kernel_reads(key_states, self.plan.bits)
         self.is_initialized = True
-
-    def _channels(self, kind: Kind, states: Tensor) -> Channels:
-        held = self.plan.channels(kind, states)
-        held.store = self._store(kind, states[..., : held.width])
-        dropped = states.shape[-1] - held.width
-        held.window = states.new_empty(*states.shape[:2], 0, dropped)
-        held.sinks = states.new_zeros(*states.shape[:2], self.sink_count, dropped)
-        return held
-
-    def _store(self, kind: Kind, like: Tensor) -> Store:
-        bits = self.plan.bits.get(kind)
-        if bits is None:
-            return Growing(like)
-        return Integers(like, bits, AXES[kind], self.recent_window + self.spare)
 
     @property
     def columns(self) -> int:
-        """For how many tokens scores are computed."""
+        """For how many slots scores are computed."""
         return self.length
 
     @property
-    def held(self) -> tuple[Channels, Channels]:
+    def sides(self) -> tuple[Side, Side]:
         """Keys and values."""
-        return self.keys_held, self.values_held
+        return self.key_side, self.value_side
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Store new tokens [B, Hkv, n, D]; returns a handle that only `attention` can read, for keys and values."""
@@ -108,17 +107,21 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         before = self.length - new
         if self._is_prompt(before):
             self._prompt = key_states, value_states
-            return self._given(Pruned(self, new, self._prompt), value_states)
-        rows = [held.append(states, before) for held, states in zip(self.held, (key_states, value_states), strict=True)]
-        spans = [self._shift(held, each) for held, each in zip(self.held, rows, strict=True)]
-        return self._given(Pruned(self, new, None, spans, rows), None)
+            handle = Handle(self, new, self._prompt)
+            whole = self.plan.choice is None and "value" not in self.plan.kinds and self.plan.tokens is None
+            return self._given(handle, value_states if whole else None)
+        states = (key_states, value_states)
+        residuals = [side.append(each, before) for side, each in zip(self.sides, states, strict=True)]
+        self._slide(new)
+        spans = [side.window.push(each, self.length) for side, each in zip(self.sides, residuals, strict=True)]
+        handle = Handle(self, new, None, spans, residuals)
+        exact = self.value_side.exact and self.positions is None
+        return self._given(handle, next(self.value_side.buffer.parts()) if exact else None)
 
-    def _given(self, handle: Pruned, prompt: Tensor | None) -> tuple[Pruned, Any]:
+    def _given(self, handle: Handle, values: Tensor | None) -> tuple[Handle, Any]:
         """What the model gets in place of keys and values: whole values as they are, since some models change them."""
-        if self.values_held.order is not None or "value" in self.plan.bits:
-            return handle, handle
-        handle.values = next(self.values_held.store.parts()) if prompt is None else prompt
-        return handle, handle.values
+        handle.values = values
+        return handle, handle if values is None else values
 
     def _check(self, states: Tensor) -> None:
         if states.dtype != self.dtype or states.device != self.device:
@@ -138,53 +141,105 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _grow(self, new: int) -> None:
         self.length += new
+        if self.positions is not None:
+            seen = self.length + self.dropped
+            more = torch.arange(seen - new, seen, device=self.positions.device).expand(self.batch, -1)
+            self.positions = torch.cat([self.positions, more], dim=1)
 
     def _is_prompt(self, before: Any) -> bool:
         return bool(before == 0)
 
-    def _shift(self, held: Channels, rows: Tensor) -> Tensor:
-        """Move new rows into the window; returns the rows that the new queries may see whole, the last ones."""
-        span = torch.cat([held.window, rows], dim=2)
-        kept = span[:, :, max(0, span.shape[2] - self.recent_window - self.spare) :]
-        # A view would hold on to the whole prompt's dropped channels.
-        held.window = kept if kept.shape[2] == span.shape[2] else kept.clone()
-        return span[:, :, span.shape[2] - min(span.shape[2], self.recent_window) :] if rows.shape[2] == 1 else span
+    # ------------------------------------------------------------ the prompt
 
-    def begin(self, module: Any, query: Tensor, scaling: float, mask: Tensor | None) -> None:
-        """Store the first update: choose channels and fit read-outs if that is asked for, and find the sinks.
+    @property
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """The keys and values of the first update, until `begin`."""
+        assert self._prompt is not None
+        return self._prompt
 
-        The sinks are each row's first real tokens, so that padding on the left changes nothing. ``mask`` is the
-        attention mask [B or 1, 1, n, T]: a row's first real token is the first that its last query may see.
-        """
-        if self._prompt is None:
-            return
-        states, self._prompt = self._prompt, None
-        tokens = states[0].shape[2]
+    def first_of(self, mask: Tensor | None) -> Tensor:
+        """int64[B], where each row of the first update begins. Raises InputError for padding on the right."""
+        tokens = self.prompt[0].shape[2]
         refuse_right_padding(mask, tokens)
         self._find_first(mask, tokens)
-        self.plan.begin(self.held, states, module, query, scaling, self.first)
-        for held, each in zip(self.held, states, strict=True):
-            kept, dropped = held.split(each)
-            held.store.append(kept, 0)
-            last = min(tokens, self.recent_window + self.spare)
-            self._set_window(held, held.rows(kept[:, :, tokens - last :], dropped[:, :, tokens - last :]))
-            self._put_sinks(held, held.rows(*(self._at_sinks(x, 0) for x in (kept, dropped))), 0, tokens)
-        self._start_integers()
+        return self.first
 
-    def _set_window(self, held: Channels, rows: Tensor) -> None:
-        held.window = rows.clone()
+    def begin(
+        self,
+        query: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+        output: Output | None = None,
+        stay: Staying | None = None,
+    ) -> None:
+        """Store the first update: fit what the plan leaves open, drop tokens, and find the sinks.
 
-    def follow(self, handle: Pruned, mask: Tensor | None) -> None:
-        """Store the sinks among the tokens that just came."""
+        The sinks are each row's first real tokens, so that padding on the left changes nothing. ``mask`` is the
+        attention mask [B or 1, 1, n, T]: a row's first real token is the first that its last query may see. ``query``
+        [B, Hq, m, D]: all of the prompt's, or the last of them. ``stay``: which tokens stay, if it is known already.
+        """
+        first, rows = self.first_of(mask), []
+        if self.plan.watches:
+            rows = observed(self.plan, *self.prompt, query, scaling, first, output)
+        stay = stay or staying(self.plan, rows, self.prompt[0].shape[2])
+        states, self._prompt = self.prompt, None
+        if stay is not None:
+            states = self._drop(states, stay)
+        tokens = self.prompt_length = states[0].shape[2]
+        self.key_side, self.value_side = (
+            self._side(kind, each, self._codec(kind, each, rows)) for kind, each in zip(KINDS, states, strict=True)
+        )
+        self._put_whole(states, 0, tokens)
+        self._start_packing()
+        self.kernels = usable(self)
+
+    def _drop(self, states: tuple[Tensor, Tensor], stay: Staying) -> tuple[Tensor, Tensor]:
+        """The states of the tokens that stay."""
+        self.positions, self.dropped = stay.slots, states[0].shape[2] - stay.slots.shape[1]
+        self.length = stay.slots.shape[1]
+        self.extra = stay.whole if stay.whole.shape[1] and self.plan.kinds else None
+        self.first = (stay.slots < 0).sum(1)
+        self._place_sinks()
+        assert self.plan.tokens is not None
+        if self.plan.tokens.policy.slides and not self.keeps:
+            self.reach = max(self.recent_window, int((self.length - self.first).max()) - self.sink_count)
+        return taken(states[0], stay.slots.clamp(min=0)), taken(states[1], stay.slots.clamp(min=0))
+
+    def _codec(self, kind: Kind, states: Tensor, rows: Rows) -> Codec:
+        """Of all heads, [1 or B, H, ..]."""
+        if kind not in self.plan.kinds:
+            return Whole(states.shape[3])
+        return for_prompt(self.plan, rows, kind, states)
+
+    def _side(self, kind: Kind, states: Tensor, codec: Codec) -> Side:
+        """The side with everything stored but residuals of whole tokens outside of the window."""
+        rows = codec.encode(states)
+        buffer = self._buffer(rows, codec)
+        buffer.append(rows, 0)
+        last = min(states.shape[2], self.recent_window + self.spare)
+        tail = slice(states.shape[2] - last, None)
+        window = self._window(codec.residual(states[:, :, tail], rows[:, :, tail]), states)
+        count = self.sink_count + (0 if self.extra is None else self.extra.shape[1])
+        return Side(codec, buffer, window, states.new_zeros(*states.shape[:2], count, codec.residual_width))
+
+    def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
+        return Packed(like, codec, self.recent_window + self.spare, self.keeps) if codec.block else Growing(like)
+
+    def _window(self, residuals: Tensor, states: Tensor) -> Window:
+        return (Kept if self.keeps else Sliding)(residuals, self.recent_window, self.spare)
+
+    # ------------------------------------------------------------ what comes after it
+
+    def follow(self, handle: Handle, mask: Tensor | None) -> None:
+        """Store the sinks among the tokens that just came; ``mask`` is one of slots (`slot_mask`)."""
         before = self.length - handle.new
         if handle.new > 1:
             refuse_right_padding(mask, self.length)
         if self.sinks_end <= before:
             return
         self._find_first(mask, self.length)
-        for held, rows in zip(self.held, handle.rows, strict=True):
-            self._put_sinks(held, self._at_sinks(rows, before), before, handle.new)
-        self._start_integers()
+        self._put_residuals(handle.residuals, before, handle.new)
+        self._start_packing()
 
     def done(self) -> None:
         """The attention of the tokens that came last was computed."""
@@ -192,56 +247,132 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.offloading:
             self.offload()
 
+    def slot_mask(self, mask: Tensor | None) -> Tensor | None:
+        """A mask of slots [B or 1, 1, n, slots] from one of positions [B or 1, 1, n, T]."""
+        if self.positions is None:
+            return mask
+        there = (self.positions >= 0)[:, None, None]
+        if mask is None:
+            return None if bool(there.all()) else there & self.causal(1)
+        rows = self.positions.clamp(min=0)[:, None, None].expand(-1, 1, mask.shape[2], -1)
+        mask = mask.expand(self.batch, -1, -1, -1).gather(3, rows)
+        return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, torch.finfo(mask.dtype).min)
+
+    def causal(self, new: int) -> Tensor:
+        """bool[1, 1, new, slots]: which slots the last ``new`` tokens may see."""
+        asked = self.length - new + torch.arange(new, device=self.device)
+        return (torch.arange(self.columns, device=self.device) <= asked[:, None])[None, None]
+
+    def window_start(self, count: Any) -> Any:
+        """The slot of the first of the window's residuals, ``count`` of them, that new queries may see."""
+        return self.length - count
+
+    def near(self, asked: Tensor, stored: Tensor, new: int) -> Tensor | None:
+        """bool[m, w]: which of the window's slots are whole for which of the last ``new`` tokens; None: all."""
+        if self.keeps or new == 1:
+            return None
+        near = asked[:, None] - stored < self.recent_window
+        return near if self.stepwise else near | (stored >= self.length - new)
+
+    def unbroken(self) -> int | None:
+        """How many tokens may come in one update as if they came one by one, with ``stepwise``; None: any number."""
+        if self.reach is not None:
+            return 1
+        steps = [each for each in (side.buffer.unbroken() for side in self.sides) if each is not None]
+        return min(steps, default=None)
+
+    def _slide(self, new: int) -> None:
+        """Drop what is out of a sliding policy's reach for all of the new tokens."""
+        if self.reach is None:
+            return
+        assert self.positions is not None
+        slots = torch.arange(self.length, device=self.device).expand(self.batch, -1)
+        sinks = (slots >= self.first[:, None]) & (slots < self.first[:, None] + self.sink_count)
+        stay = (sinks | (slots >= self.length - self.reach - new + 1)) & (self.positions >= 0)
+        size = int(stay.sum(1).max())
+        if size == self.length:
+            return
+        taken_slots = torch.where(stay, slots, -1).sort(dim=1).values[:, self.length - size :]
+        self.positions = torch.where(taken_slots >= 0, self.positions.gather(1, taken_slots.clamp(min=0)), -1)
+        for side in self.sides:
+            side.buffer.take(taken_slots.clamp(min=0))
+        self.dropped += self.length - size
+        self.length = size
+        self.first = (taken_slots < 0).sum(1)
+        self._place_sinks()
+
+    # ------------------------------------------------------------ whole tokens
+
     def _find_first(self, mask: Tensor | None, length: int) -> None:
         """Where each row's real tokens begin."""
         if mask is not None:
             self.first = first_seen(mask, length).expand(self.batch).clone()
-        earliest, latest = (0, 0) if mask is None else (int(self.first.min()), int(self.first.max()))
+        self._place_sinks(mask is None and self.positions is None)
+
+    def _place_sinks(self, at_zero: bool = False) -> None:
+        earliest, latest = (0, 0) if at_zero else (int(self.first.min()), int(self.first.max()))
         self.sinks_start = earliest if earliest == latest else None
         self.sinks_end = latest + self.sink_count
 
-    def _at_sinks(self, tokens: Tensor, before: Any) -> Tensor:
-        """[B, H, m, d] of tokens from position ``before`` on -> [B, H, sinks, d], anything where there is none."""
-        slot = (self.sink_columns() - before).clamp(0, tokens.shape[2] - 1)
-        return tokens.gather(2, slot[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3]))
-
-    def _put_sinks(self, held: Channels, rows: Tensor, before: Any, new: int) -> None:
-        slot = self.sink_columns() - before
-        arrived = ((slot >= 0) & (slot < new))[:, None, :, None]
-        held.sinks = torch.where(arrived, rows, held.sinks)
-
     def sink_columns(self) -> Tensor:
-        """int64[B, sinks]: the position of each row's sinks."""
+        """int64[B, sinks]: the slot of each row's sinks."""
         return self.first[:, None] + torch.arange(self.sink_count, device=self.first.device)
 
-    def _start_integers(self) -> None:
+    def whole_columns(self) -> Tensor:
+        """int64[B, K]: the slots of whole tokens outside of the window, sinks first; negative for none."""
+        return self.sink_columns() if self.extra is None else torch.cat([self.sink_columns(), self.extra], dim=1)
+
+    def _put_whole(self, states: tuple[Tensor, Tensor], before: Any, new: int) -> None:
+        """Residuals of the whole tokens among states [B, H, new, n] from slot ``before`` on."""
+        columns = self.whole_columns()
+        if not columns.shape[1]:
+            return
+        slot = columns - before
+        for side, each in zip(self.sides, states, strict=True):
+            tokens = taken(each, slot.clamp(0, new - 1))
+            self._put(side, side.codec.residual(tokens, side.codec.encode(tokens)), slot, new)
+
+    def _put_residuals(self, residuals: Any, before: Any, new: int) -> None:
+        """The same, where the residuals of all of them are known."""
+        slot = self.whole_columns() - before
+        for side, each in zip(self.sides, residuals, strict=True):
+            if slot.shape[1]:
+                self._put(side, taken(each, slot.clamp(0, new - 1)), slot, new)
+
+    def _put(self, side: Side, residuals: Tensor, slot: Tensor, new: int) -> None:
+        arrived = ((slot >= 0) & (slot < new))[:, None, :, None]
+        side.whole = torch.where(arrived, residuals, side.whole)
+
+    def _start_packing(self) -> None:
         """Pack old tokens once the sinks have come; these stay as they are."""
-        if self.plan.bits and self.sinks_end <= self.length:
-            for held in self.held:
-                if isinstance(held.store, Integers) and not held.store.started:
-                    held.store.start(self.sinks_end)
+        if self.sinks_end <= self.length:
+            for side in self.sides:
+                side.buffer.start(self.sinks_end)
+
+    # ------------------------------------------------------------ as transformers asks
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that holds tokens."""
-        if not self.is_initialized:
+        """Every tensor that holds tokens, and what they are read by."""
+        if not hasattr(self, "key_side") or not self.is_initialized:
             return []
-        return [*self.keys_held.tensors(), *self.values_held.tensors(), self.first]
+        more = [each for each in (self.positions, self.extra) if each is not None]
+        return [*self.key_side.tensors(), *self.value_side.tensors(), self.first, *more]
 
     def full_nbytes(self) -> int:
         """Bytes of as many whole keys and values, without growth space."""
         if not self.is_initialized:
             return 0
-        return self.batch * self._elements * int(self.length) * self.dtype.itemsize
+        return self.batch * self._elements * (int(self.length) + self.dropped) * self.dtype.itemsize
 
     def get_seq_length(self) -> int:
         """How many tokens have come."""
-        return self.length
+        return self.length + self.dropped
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """(length, offset) of the keys that a mask for ``query_length`` new tokens must cover."""
         # transformers before 5.4 passes the tensor of the new positions
         new = query_length if isinstance(query_length, int) else len(query_length)
-        return self.length + new, 0
+        return self.get_seq_length() + new, 0
 
     def get_max_length(self) -> int:
         """-1: it grows without limit."""
@@ -260,20 +391,26 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _crop(self, count: int) -> None:
         self.length -= count
-        for held in self.held:
-            held.store.crop(self.length)
-            held.window = held.window[:, :, : max(0, held.window.shape[2] - count)].clone()
+        self.prompt_length = min(self.prompt_length, self.length)
+        if self.positions is not None:
+            self.positions = self.positions[:, : self.length]
+        for side in self.sides:
+            side.buffer.crop(self.length)
+            side.window.crop(count, self.length)
 
     def removable(self, tokens_to_remove: int) -> int:
         """How many tokens `crop` would forget. Raises InputError if it cannot."""
-        length = int(self.length)
+        length = int(self.get_seq_length())
         count = max(0, length - tokens_to_remove) if tokens_to_remove > 0 else min(-tokens_to_remove, length)
         if not count:
             return 0
-        most = length - max(held.store.fixed for held in self.held)
-        oldest = self._oldest_row()  # what moves into the recent window from behind must be whole
-        if oldest > 0 and self.recent_window and any(held.order is not None for held in self.held):
-            most = min(most, length - oldest - self.recent_window)
+        slots = int(self.length)
+        most = slots - max(side.buffer.fixed for side in self.sides)
+        oldest = self._oldest()  # what moves into the recent window from behind must be whole
+        if oldest > 0 and self.recent_window and not all(side.codec.residual_width == 0 for side in self.sides):
+            most = min(most, slots - oldest - self.recent_window)
+        if self.dropped:  # a prompt cut short would have kept others
+            most = min(most, 0 if self.reach is not None else slots - self.prompt_length)
         if count > most:
             raise InputError(
                 f"the last {count} tokens cannot be taken back, only {max(0, most)}: what would move into the recent "
@@ -282,41 +419,52 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         return count
 
-    def _oldest_row(self) -> int:
-        """The position of the first token in the window."""
-        return self.length - self.keys_held.window.shape[2]
+    def _oldest(self) -> int:
+        """The slot of the first token whose residual is held in the window."""
+        return self.length - self.key_side.window.tensors()[0].shape[2] if not self.keeps else self._kept_from()
+
+    def _kept_from(self) -> int:
+        return max(0, self.prompt_length - self.recent_window - self.spare)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search: row b becomes what row beam_idx[b] was."""
-        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._each_row(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times."""
-        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._each_row(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the given rows."""
-        self._each(lambda tensor: tensor[indices])
+        self._each_row(lambda tensor: tensor[indices])
 
-    def offload(self) -> None:
-        """Move everything to the CPU."""
-        self._each(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move everything back."""
-        self._each(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        if not self.is_initialized:
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        if not hasattr(self, "key_side"):
             return
         self.first = change(self.first)
         self.batch = len(self.first)
-        for held in self.held:
-            held.each(change)
+        self.positions, self.extra = (None if x is None else change(x) for x in (self.positions, self.extra))
+        for side in self.sides:
+            side.each_row(change)
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._move(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move everything back."""
+        self._move(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _move(self, change: Callable[[Tensor], Tensor]) -> None:
+        if hasattr(self, "key_side"):
+            self.first = change(self.first)
+            self.positions, self.extra = (None if x is None else change(x) for x in (self.positions, self.extra))
+            for side in self.sides:
+                side.move(change)
 
 
 def first_seen(mask: Tensor, length: int) -> Tensor:
-    """int64[B or 1]: the first position that each row's last query may see, under a mask [B or 1, 1, n, T]; if there is
+    """int64[B or 1]: the first slot that each row's last query may see, under a mask [B or 1, 1, n, T]; if there is
     none, ``length``.
     """
     seen = _seen(mask, length)

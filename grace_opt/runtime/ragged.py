@@ -1,4 +1,4 @@
-"""A cache layer whose KV heads keep different numbers of channels: one `PrunedLayer` for the heads of each width."""
+"""A cache layer whose KV heads have codecs of different signatures (widths, say): one `PrunedLayer` for those alike."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from grace_opt.runtime.attention import RaggedPruned
-from grace_opt.runtime.layer import PrunedLayer
-from grace_opt.runtime.plan import LayerPlan
+from grace_opt.compression.plan import LayerPlan
+from grace_opt.runtime.handle import RaggedHandle
+from grace_opt.runtime.layer import Output, PrunedLayer
+from grace_opt.runtime.prompt import Staying, observed, queries_of, staying
 
 
 class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Heads of one width (of keys, and of values) side by side, as a pruned layer; nothing is padded.
+    """Heads of one signature (of keys, and of values) side by side, as a pruned layer; nothing is padded.
 
     ``plan``: of the whole layer; ``heads``: the KV heads of each part; ``parts``: their layers.
     """
@@ -25,7 +26,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def __init__(self, plan: LayerPlan, heads: Sequence[Sequence[int]], parts: Sequence[PrunedLayer]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.plan = plan
+        self.plan, self.index = plan, plan.index
         self.heads = [torch.tensor(each) for each in heads]
         self.parts = list(parts)
         self.is_compileable = parts[0].is_compileable
@@ -64,7 +65,43 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             part.update(key_states[:, heads], value_states[:, heads])[0]
             for heads, part in zip(self.heads, self.parts, strict=True)
         ]
-        return (handle := RaggedPruned(self.heads, handles)), handle
+        handle = RaggedHandle(self, self.heads, handles)
+        if handles[0].prompt is not None:
+            handle.prompt = key_states, value_states
+        return handle, handle
+
+    def begin(self, query: Tensor, scaling: float, mask: Tensor | None, output: Output | None = None) -> None:
+        """As of `PrunedLayer`; a token policy sees all heads of the layer."""
+        group = query.shape[1] // sum(map(len, self.heads))
+        stay = self._staying(query, scaling, mask) if self.plan.tokens is not None else None
+        for heads, part in zip(self.heads, self.parts, strict=True):
+            part.begin(query[:, queries_of(heads, group)], scaling, mask, output, stay)
+
+    def _staying(self, query: Tensor, scaling: float, mask: Tensor | None) -> Staying | None:
+        """What the policy says of the whole layer."""
+        prompts = [part.prompt for part in self.parts]
+        order = torch.cat(self.heads).argsort()
+        keys, values = (torch.cat(each, dim=1)[:, order] for each in zip(*prompts, strict=True))
+        first = self.parts[0].first_of(mask)
+        return staying(self.plan, observed(self.plan, keys, values, query, scaling, first, None), keys.shape[2])
+
+    def done(self) -> None:
+        """The attention of the tokens that came last was computed."""
+        self._each(lambda part: part.done())
+
+    def unbroken(self) -> int | None:
+        """As of `PrunedLayer`."""
+        return min((each for each in (part.unbroken() for part in self.parts) if each is not None), default=None)
+
+    @property
+    def stepwise(self) -> bool:
+        """As of `PrunedLayer`."""
+        return self.parts[0].stepwise
+
+    @stepwise.setter
+    def stepwise(self, value: bool) -> None:
+        for part in self.parts:
+            part.stepwise = value
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds tokens."""

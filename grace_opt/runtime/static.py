@@ -1,4 +1,4 @@
-"""A preallocated channel-pruned cache layer, for torch.compile and CUDA graphs: no shape or address ever changes."""
+"""A preallocated compressed cache layer, for torch.compile and CUDA graphs: no shape or address ever changes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grace_opt.compression.codec import Codec
+from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.heads import Kind
-from grace_opt.runtime.attention import Pruned
-from grace_opt.runtime.buffers import Preallocated, Store
+from grace_opt.runtime.buffers import Buffer, FixedKept, FixedSliding, Preallocated, Window, fix
+from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.layer import PrunedLayer, first_seen, refuse_right_padding
-from grace_opt.runtime.plan import LayerPlan
-from grace_opt.runtime.side import Channels
+from grace_opt.runtime.side import Side
 
 
 class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
@@ -37,22 +38,29 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         self._empty = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """As of `PrunedLayer`; allocates everything."""
+        """As of `PrunedLayer`."""
         super().lazy_initialization(key_states, value_states)
         self.length = self.length.to(self.device)
-        rows = self.recent_window + self.spare
-        for held in self.held:
-            held.window = held.window.new_zeros(*held.window.shape[:2], rows, held.window.shape[3])
-            _fix(held.window, held.sinks)
-        self._oldest = torch.full_like(self.length, -rows)  # the position of the oldest token with a row
-        _fix(self.length, self.first, self._oldest)
+        # The slot of the oldest token with a residual in the window.
+        self._oldest_slot = torch.full_like(self.length, -self.recent_window - self.spare)
+        fix(self.length, self.first, self._oldest_slot)
 
-    def _store(self, kind: Kind, like: Tensor) -> Store:
+    def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
         return Preallocated(like, self.max_length)
+
+    def _window(self, residuals: Tensor, states: Tensor) -> Window:
+        if not self.keeps:
+            return FixedSliding(residuals, self.recent_window, self.spare)
+        return FixedKept(residuals, states.shape[2], self.recent_window, self.max_length)
+
+    def _side(self, kind: Kind, states: Tensor, codec: Codec) -> Side:
+        side = super()._side(kind, states, codec)
+        fix(side.whole, *side.codec.tensors().values())
+        return side
 
     @property
     def columns(self) -> int:
-        """For how many tokens scores are computed."""
+        """For how many slots scores are computed."""
         return self.max_length
 
     def _grow(self, new: int) -> None:
@@ -67,48 +75,45 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
             fits = self.length + new <= self.max_length
             torch._assert_async(fits, "the static cache is full; make it with a larger max_length")
         self.length.add_(new)
-        self._oldest.copy_(torch.maximum(self._oldest, self.length - self.recent_window - self.spare))
+        if not self.keeps:
+            behind = self.length - self.recent_window - self.spare
+            self._oldest_slot.copy_(torch.maximum(self._oldest_slot, behind))
 
     def _is_prompt(self, before: Any) -> bool:
         empty, self._empty = self._empty, False
         return empty
 
-    def _shift(self, held: Channels, rows: Tensor) -> Tensor:
-        span = torch.cat([held.window, rows], dim=2)
-        held.window.copy_(span[:, :, rows.shape[2] :])
-        return span[:, :, span.shape[2] - self.recent_window :] if rows.shape[2] == 1 else span
+    def window_start(self, count: Any) -> Any:
+        """The slot of the first of the window's residuals that new queries may see."""
+        return self.max_length - count if self.keeps else self.length - count
 
-    def _set_window(self, held: Channels, rows: Tensor) -> None:
-        if rows.shape[2]:
-            held.window[:, :, -rows.shape[2] :] = rows
-
-    def follow(self, handle: Pruned, mask: Tensor | None) -> None:
+    def follow(self, handle: Handle, mask: Tensor | None) -> None:
         """Store the sinks among the tokens that just came."""
         if handle.new > 1 and not torch.compiler.is_compiling():
             refuse_right_padding(mask, int(self.length))
-        if not self.sink_count:
-            return
-        before = self.length - handle.new
-        self._find_first(mask, self.max_length)
-        for held, rows in zip(self.held, handle.rows, strict=True):
-            self._put_sinks(held, self._at_sinks(rows, before), before, handle.new)
+        if self.sink_count:
+            self._find_first(mask, self.max_length)
+            self._put_residuals(handle.residuals, self.length - handle.new, handle.new)
 
     def _find_first(self, mask: Tensor | None, length: int) -> None:
         if mask is not None:
             self.first.copy_(first_seen(mask, length).expand(self.batch))
 
-    def _put_sinks(self, held: Channels, rows: Tensor, before: Any, new: int) -> None:
-        slot = self.sink_columns() - before
+    def _put(self, side: Side, residuals: Tensor, slot: Tensor, new: int) -> None:
         arrived = ((slot >= 0) & (slot < new))[:, None, :, None]
-        held.sinks.copy_(torch.where(arrived, rows, held.sinks))
+        side.whole.copy_(torch.where(arrived, residuals, side.whole))
+
+    def _start_packing(self) -> None:
+        pass
 
     def _crop(self, count: int) -> None:
         self.length.sub_(count)
-        for held in self.held:
-            held.window.copy_(held.window.roll(count, dims=2))  # `_oldest` knows that the first are none now
+        self.prompt_length = min(self.prompt_length, int(self.length))
+        for side in self.sides:
+            side.window.crop(count, int(self.length))
 
-    def _oldest_row(self) -> int:
-        return max(0, int(self._oldest))
+    def _oldest(self) -> int:
+        return self._kept_from() if self.keeps else max(0, int(self._oldest_slot))
 
     def get_seq_length(self) -> Any:
         """How many tokens have come, as a tensor: transformers makes positions of it."""
@@ -123,10 +128,3 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         return self.max_length
 
     get_max_cache_shape = get_max_length
-
-
-def _fix(*tensors: Tensor) -> None:
-    """Tell the compiler that these tensors stay where they are, so that CUDA graphs may write into them."""
-    if not torch.compiler.is_compiling():
-        for tensor in tensors:
-            torch._dynamo.mark_static_address(tensor)

@@ -12,19 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grace_opt import InputError, KVMask, SubsetProblem
+from grace_opt import InputError, SubsetProblem
+from grace_opt.compression.apply import apply
 from grace_opt.compression.budget import Budget, Sharing, allot
-from grace_opt.compression.headmaps import channel_map
-from grace_opt.compression.method import METHODS, compress, compress_by_mask, method
-from grace_opt.compression.readout import Readout, fit, moments, squared_error
-from grace_opt.evaluate.prefill import Prefill, prefill
-from grace_opt.evaluate.run import held_bytes
+from grace_opt.compression.method import METHODS, Method, Windows, from_options, method
+from grace_opt.compression.readout import fit, moments, squared_error
+from grace_opt.evaluate.capture import capture
+from grace_opt.evaluate.replay import replay
 from grace_opt.graphs.observed import Observed
+from grace_opt.runtime.cache import cache_nbytes
 from tests.support.observed import LAYERS, observed_layers
 
 
-def kept(compression: Any, kind: Any = "key") -> dict[int, list[list[int]]]:
-    return {i: [head.encode.tolist() for head in each.heads[kind]] for i, each in compression.layers.items()}
+def kept(plan: Any, kind: Any = "key") -> dict[int, list[list[int]]]:
+    return {i: [codec.keep.tolist() for codec in each.codecs[kind]] for i, each in plan.layers.items()}
 
 
 # ---------------------------------------------------------------- independent implementations
@@ -74,23 +75,23 @@ def grace_reference(seen: Observed, ratio: float, a: float = 0.05, b: float = 0.
 def test_think_and_grace_equal_independent_implementations_mask_for_mask(seed: int, ratio: float) -> None:
     layers = observed_layers(seed)
     for name, reference in (("think", think_reference), ("grace", grace_reference)):
-        ours = kept(compress(METHODS[name], layers, Budget(ratio)))
+        ours = kept(apply(METHODS[name], layers, Budget(ratio)))
         assert ours == {i: reference(seen, ratio) for i, seen in layers.items()}, name
 
 
 @pytest.mark.model
 def test_think_and_grace_on_the_real_model(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
-    state = prefill(model, real_ids(tokenizer, 400), 390, 32)
-    layers = {i: seen for i, seen in state.observed(32, 32, 4).items() if i in (0, 7, 29)}
+    captured = capture(model, real_ids(tokenizer, 400), 390, 32)
+    layers = {i: seen for i, seen in captured.observed(32, Windows(), None).items() if i in (0, 7, 29)}
     for name, reference in (("think", think_reference), ("grace", grace_reference)):
-        ours = kept(compress(METHODS[name], layers, Budget(0.6)))
+        ours = kept(apply(METHODS[name], layers, Budget(0.6)))
         assert ours == {i: reference(seen, 0.6) for i, seen in layers.items()}, name
 
 
 def test_think_scores_values_by_what_attention_returns() -> None:
     layers = observed_layers(3)
-    ours = kept(compress(METHODS["think"], layers, Budget(0, 0.5)), "value")
+    ours = kept(apply(METHODS["think"], layers, Budget(0, 0.5)), "value")
     for i, seen in layers.items():
         heads, tokens, _n = seen.keys.shape
         group, width = seen.queries.shape[0] // heads, seen.queries.shape[1]
@@ -111,25 +112,25 @@ def test_ratios_prune_what_they_say() -> None:
     layers = observed_layers(0)
     n = LAYERS["n"]
     for name, count in (("think", math.floor(0.55 * n)), ("grace", math.ceil(0.55 * n)), ("svd", math.floor(0.55 * n))):
-        widths = compress(METHODS[name], layers, Budget(0.55)).widths("key")
+        widths = apply(METHODS[name], layers, Budget(0.55)).widths("key")
         assert {width for heads in widths.values() for width in heads} == {n - count}, name
-    widths = compress(METHODS["grace-opt"], layers, Budget(0.55)).widths("key")
+    widths = apply(METHODS["grace-opt"], layers, Budget(0.55)).widths("key")
     heads = [width for each in widths.values() for width in each]
     assert sum(heads) == len(heads) * n - math.floor(0.55 * n * len(heads))
-    assert min(heads) >= METHODS["grace-opt"].floor
+    assert min(heads) >= METHODS["grace-opt"].sharing.floor
     assert len(set(heads)) > 1  # it does share
 
 
 def test_align_and_floor_hold_for_every_head() -> None:
     layers = observed_layers(0)
     policy = method("grace-opt", {"align": 4, "floor": 8})
-    widths = [w for heads in compress(policy, layers, Budget(0.3)).widths("key").values() for w in heads]
+    widths = [w for heads in apply(policy, layers, Budget(0.3)).widths("key").values() for w in heads]
     assert all(w % 4 == 0 and w >= 8 for w in widths)
     assert sum(widths) == len(widths) * LAYERS["n"] - 28  # floor(.3 of 96), a multiple of 4
     with pytest.raises(InputError, match="lower the floor"):
-        compress(policy, layers, Budget(0.8))
+        apply(policy, layers, Budget(0.8))
     with pytest.raises(InputError, match="change align"):
-        compress(method("grace-opt", {"align": 5}), layers, Budget(0.3))
+        apply(method("grace-opt", {"align": 5}), layers, Budget(0.3))
 
 
 @pytest.mark.parametrize("name", ["grace-opt", "think", "kq-svd"])
@@ -137,11 +138,11 @@ def test_a_budget_in_bytes_is_kept_and_shared_between_keys_and_values(name: str)
     layers = observed_layers(1)
     heads, element = LAYERS["heads"] * len(layers), 4
     full = heads * element * (LAYERS["n"] + LAYERS["nv"])
-    compression = compress(METHODS[name], layers, Budget(bytes_per_token=0.6 * full))
-    held = sum(element * width for kind in ("key", "value") for w in compression.widths(kind).values() for width in w)
+    plan = apply(METHODS[name], layers, Budget(bytes_per_token=0.6 * full))
+    held = sum(element * width for kind in ("key", "value") for w in plan.widths(kind).values() for width in w)
     assert 0.5 * full < held <= 0.6 * full
     with pytest.raises(InputError, match="below the floors: .* take at least 192 of 672, and 1 is asked"):
-        compress(method("grace-opt"), layers, Budget(bytes_per_token=1))
+        apply(method("grace-opt"), layers, Budget(bytes_per_token=1))
 
 
 def test_a_uniform_budget_in_bytes_counts_what_stays_whole() -> None:
@@ -163,15 +164,15 @@ def test_bytes_of_integers_are_shared_by_what_they_save() -> None:
     policy = method("grace-opt", {"key_bits": 3, "value_bits": 2})
     heads = LAYERS["heads"] * len(layers)
     full = heads * (LAYERS["n"] * 4 / 8 + LAYERS["nv"] * 3 / 8)
-    compression = compress(policy, layers, Budget(bytes_per_token=0.7 * full))
-    keys, values = (sum(w for each in compression.widths(kind).values() for w in each) for kind in ("key", "value"))
+    plan = apply(policy, layers, Budget(bytes_per_token=0.7 * full))
+    keys, values = (sum(w for each in plan.widths(kind).values() for w in each) for kind in ("key", "value"))
     assert 0.7 * full - 2 < keys * 4 / 8 + values * 3 / 8 <= 0.7 * full
 
 
 def test_more_to_prune_never_widens_a_head() -> None:
     layers = observed_layers(5)
     budgets = [Budget(ratio) for ratio in (0.2, 0.4, 0.6, 0.7)]
-    widths = [compress(METHODS["grace-opt"], layers, budget).widths("key") for budget in budgets]
+    widths = [apply(METHODS["grace-opt"], layers, budget).widths("key") for budget in budgets]
     for wide, narrow in pairwise(widths):
         assert all(a >= b for i in wide for a, b in zip(wide[i], narrow[i], strict=True))
 
@@ -189,15 +190,19 @@ def test_ratios_outside_their_range_are_refused(ratio: float) -> None:
 
 def test_overrides_are_parsed_checked_and_named() -> None:
     policy = method("think", {"recent_window": "128", "protection": "none", "mixing": "0.5"})
-    assert (policy.recent_window, policy.protection, policy.mixing) == (128, None, 0.5)
+    assert (policy.windows.recent_window, policy.selection.protection, policy.readout.mixing) == (128, None, 0.5)
     assert method("grace-opt", {"key_bits": "4"}).key_bits == 4
     for name, overrides, words in (
         ("thnik", {}, "did you mean 'think'"),
         ("think", {"recent_windw": 3}, "did you mean 'recent_window'"),
         ("think", {"recent_window": "many"}, "option 'recent_window'"),
-        ("think", {"sinks": -1}, "method .think.: sinks must not be negative"),
+        ("think", {"sinks": -1}, "method .think.*: sinks must be from 0"),
         ("grace-opt", {"spans": 0}, "spans must be at least 1"),
-        ("svd", {"key_bits": "4"}, "bits are for kept channels"),
+        ("grace-opt", {"tokens": "streaming"}, "give token_share"),
+        ("streaming", {"token_share": 1.5}, "token_share must be from 0 to 1"),
+        ("grace-opt", {"generated": "kept"}, "option 'generated'"),
+        ("grace-opt", {"codec": "chanels"}, "unknown codec 'chanels'; did you mean 'channels'"),
+        ("streaming", {"tokens": "steaming"}, "unknown token policy 'steaming'; did you mean 'streaming'"),
         ("grace-opt", {"mixing": 2}, "from 0 to 1"),
         ("grace-opt", {"observation_window": 0}, "at least 1"),
         ("grace-opt", {"key_bits": 5}, "key_bits"),
@@ -206,24 +211,24 @@ def test_overrides_are_parsed_checked_and_named() -> None:
             method(name, overrides)
 
 
-def test_a_masks_channels_are_kept_and_its_layers_must_exist() -> None:
-    layers = observed_layers(2)
-    keep = tuple(np.array([1, 3, 5], np.int32) for _ in range(LAYERS["heads"]))
-    mask = KVMask("m", LAYERS["heads"], LAYERS["n"], {1: keep}, recent_window=3, sinks=2)
-    compression = compress_by_mask(METHODS["grace-opt"], layers, mask)
-    assert list(compression.layers) == [1]
-    assert "value" not in compression.layers[1].heads
-    assert all(head.encode.tolist() == [1, 3, 5] for head in compression.layers[1].heads["key"])
-    with pytest.raises(InputError, match="layer 7"):
-        compress_by_mask(METHODS["grace-opt"], layers, KVMask("m", LAYERS["heads"], LAYERS["n"], {7: keep}))
+def test_options_are_flat_and_say_all() -> None:
+    for name, each in METHODS.items():
+        options = each.options()
+        assert from_options(options) == each, name
+        assert {"objective", "budget", "readout_fit", "sinks", "codec", "key_bits"} <= options.keys()
+    assert method("svd", {"codec_options": "basis:kq-svd"}) == METHODS["kq-svd"]
+    assert Method().windows.generated == "keep"
 
 
 def test_streaming_holds_as_many_bytes_as_pruning() -> None:
     layers = observed_layers(0)
-    compression = compress(METHODS["streaming"], layers, Budget(0.5, 0.5))
-    old = layers[0].prunable
-    assert compression.recent_window == 32 + round(0.5 * (old.stop - old.start))
-    assert all(each.hidden for each in compression.layers.values())
+    plan = apply(METHODS["streaming"], layers, Budget(0.5, 0.5))
+    for each in plan:
+        assert each.tokens is not None
+        assert (each.tokens.policy.name, each.tokens.share, each.codecs) == ("streaming", 0.5, {})
+    whole = sum(each[:, 0].nbytes for seen in layers.values() for each in (seen.keys, seen.values))
+    by_bytes = apply(METHODS["streaming"], layers, Budget(bytes_per_token=0.3 * whole))
+    assert all(each.tokens is not None and each.tokens.share == pytest.approx(0.3) for each in by_bytes)
 
 
 def test_heads_that_nothing_attends_to_still_get_a_mask() -> None:
@@ -233,11 +238,11 @@ def test_heads_that_nothing_attends_to_still_get_a_mask() -> None:
         for i, seen in layers.items()
     }
     for name in ("think", "grace", "grace-opt", "kq-svd"):
-        compression = compress(METHODS[name], silent, Budget(0.5, 0.5))
-        for each in compression.layers.values():
-            assert all(
-                torch.isfinite(head.decode).all() and torch.isfinite(head.constant).all() for head in each.heads["key"]
-            )
+        plan = apply(METHODS[name], silent, Budget(0.5, 0.5))
+        for each in plan:
+            tensors = [tensor for codec in each.codecs["key"] for tensor in codec.tensors().values()]
+            assert tensors
+            assert all(torch.isfinite(tensor).all() for tensor in tensors)
 
 
 def real_ids(tokenizer: Any, count: int) -> list[int]:
@@ -247,21 +252,19 @@ def real_ids(tokenizer: Any, count: int) -> list[int]:
 
 
 @pytest.mark.model
-def test_bytes_are_what_the_real_cache_would_hold(smollm2: tuple[Any, Any]) -> None:
+def test_bytes_are_what_the_tensors_of_the_real_cache_hold(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
-    state: Prefill = prefill(model, real_ids(tokenizer, 410), 400, 32)
-    layers = state.observed(32, 32, 4)
-    full = held_bytes(state, None)
-    assert full == 30 * 3 * 2 * 64 * 4
-    compression = compress(METHODS["think"], layers, Budget(0.5))
-    old = 400 - 32 - 4
-    indices = 30 * 3 * 32 * 4
-    assert held_bytes(state, compression) * 400 == pytest.approx(400 * full - old * 30 * 3 * 32 * 4 + indices)
-    read_outs = 30 * 3 * 32 * 33 * 4
-    uniform = method("grace-opt", {"budget": "uniform"})
-    assert held_bytes(state, compress(uniform, layers, Budget(0.5))) * 400 == pytest.approx(
-        400 * full - old * 30 * 3 * 32 * 4 + indices + read_outs
-    )
+    captured = capture(model, real_ids(tokenizer, 410), 400, 32)
+    layers = captured.observed(32, Windows(), 2)
+    full = cache_nbytes(captured.past)
+    assert full == 400 * 30 * 3 * 2 * 64 * 4
+    spare = 32  # tokens that can be taken back hold their residuals too
+    kept = full - (400 - 32 - spare - 4) * 30 * 3 * 32 * 4
+    numbers = 30 * (3 * 64 * 8 + 8)  # the order of the channels, and where each row begins
+    for options, readouts in (({"readout_fit": "none"}, 0), ({}, 30 * 3 * 32 * 33 * 4)):
+        uniform = method("grace-opt", {"budget": "uniform", **options})
+        with replay(captured, apply(uniform, layers, Budget(0.5))) as past:
+            assert past.nbytes == kept + numbers + readouts
 
 
 def test_protected_channels_count_as_kept_and_too_many_pruned_are_refused() -> None:
@@ -271,7 +274,7 @@ def test_protected_channels_count_as_kept_and_too_many_pruned_are_refused() -> N
     counts = allot(problems, Budget(0.75), Sharing(floor=4), queries=1, costs=costs, whole=64.0)["key"]
     assert counts == [12, 12]
     with pytest.raises(InputError, match="cannot prune 15 of 16 channels"):
-        compress(METHODS["grace"], observed_layers(0), Budget(0.95))
+        apply(METHODS["grace"], observed_layers(0), Budget(0.95))
 
 
 def test_a_ridge_of_zero_is_least_squares() -> None:
@@ -283,10 +286,3 @@ def test_a_ridge_of_zero_is_least_squares() -> None:
     assert squared_error(about, keep, fit(about, keep, ridge=0.0)) < 1e-20
     singular = moments(torch.zeros(1, 5, 4), None, 0.0)[0]
     assert not fit(singular, np.arange(2), ridge=0.0).matrix.any()
-
-
-def test_read_outs_are_charged_for_what_they_hold() -> None:
-    zeros, ones = np.zeros((8, 8)), np.ones(8)
-    for readout, numbers in ((None, 0), (Readout(ones, zeros), 8), (Readout(ones, zeros + 1), 72)):
-        assert channel_map(np.arange(8), 16, readout, "cpu").parameter_bytes(2) == 32 + 2 * numbers
-    assert channel_map(np.arange(16), 16, None, "cpu").parameter_bytes(2) == 0

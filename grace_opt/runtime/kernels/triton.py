@@ -1,4 +1,6 @@
-"""Attention of one decoded token over a channel-pruned cache: a split-KV kernel in Triton.
+"""Attention of one decoded token over a compressed cache: a split-KV kernel in Triton.
+
+One file over 400 lines: the kernels and the host code that fills their arguments are read together.
 
 Importing this module needs Triton. The tokens are cut into splits, so that a small batch fills the device too
 (Flash-Decoding, Dao et al., 2023). One program reads one split of one KV head for all of its query heads, so each key

@@ -1,0 +1,414 @@
+"""A method applied: to what a prompt's attention saw, to a calibrated bundle, or to one layer of a prompt.
+
+The only place where something is chosen: channels, widths, bases, read-outs, tokens. Everything else reads the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grace_opt.compression.budget import Budget, allot, bytes_per_channel
+from grace_opt.compression.channels import Channels
+from grace_opt.compression.codec import CODECS, Codec, stacked
+from grace_opt.compression.integers import as_integers
+from grace_opt.compression.mask import KVMask
+from grace_opt.compression.method import METHODS, Method
+from grace_opt.compression.plan import CachePlan, Choice, LayerPlan
+from grace_opt.compression.readout import READOUT_SCOPES, ReadoutRecipe, bundle_moments, fit, fit_many, weighted_moments
+from grace_opt.compression.tokens.base import POLICIES, TokenRule
+from grace_opt.errors import InputError
+from grace_opt.graphs.bundle import GraphBundle
+from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES
+from grace_opt.graphs.observed import Observed, double
+from grace_opt.graphs.protection import salient_channels
+from grace_opt.greedy import forward
+from grace_opt.heads import KINDS, HeadName, Kind
+from grace_opt.problem import FloatArray, IntArray, SubsetProblem, prune_count
+from grace_opt.solution import Solution
+from grace_opt.solve import solve_many
+
+
+def apply(method: Method, layers: Mapping[int, Observed], budget: Budget) -> CachePlan:
+    """The plan for one prompt's cache: graphs, budgets, selection and projections of all layers together.
+
+    ``layers``: what each layer saw, with the method's windows (`observed_windows`). Read-outs and token policies are
+    left to the cache, which fits them to the tokens that it stores. Raises InputError for a budget that the floors, or
+    the protected channels, do not allow.
+    """
+    tokens = _token_rule(method, layers, budget)
+    codecs: dict[int, dict[Kind, list[Codec]]] = {i: {} for i in layers}
+    for kind, keeps in ({} if method.codec == "whole" else _kept_channels(method, layers, budget)).items():
+        for i, seen in layers.items():
+            codecs[i][kind] = _codecs(method, seen, kind, keeps[i])
+    return CachePlan({i: _layer_plan(method, i, codecs[i], tokens) for i in layers})
+
+
+def online(method: Method, layers: Sequence[int], budget: Budget) -> CachePlan:
+    """The plan of a cache that chooses in each layer by itself, from each prompt, right after its attention.
+
+    Every head prunes the same number of channels, as a layer cannot wait for those behind it; the selection is greedy,
+    or independent (ThinK). Raises InputError for other solvers, a budget in bytes, or an unknown codec or policy.
+    """
+    if CODECS[method.codec].selects and method.selection.solver not in ("greedy", "independent"):
+        raise InputError(
+            "a cache that chooses its channels from each prompt selects them by the greedy or the independent solver, "
+            f"not by {method.selection.solver}; make a mask with grace-opt solve instead"
+        )
+    tokens = None
+    if method.tokens is not None:
+        tokens = TokenRule(_policy(method), _share(method, budget))
+    choice = None if method.codec == "whole" and not (method.key_bits or method.value_bits) else Choice(method, budget)
+    return CachePlan({i: replace(_layer_plan(method, i, {}, tokens), choice=choice) for i in layers})
+
+
+def problems_of(bundle: GraphBundle, method: Method, budget: Budget) -> list[SubsetProblem]:
+    """A problem for each head of a bundle, in its order, that prunes what the budget allots to it.
+
+    The method's protection says whether the bundle's protected channels are kept. A budget in bytes is of a cache of
+    16-bit numbers. Raises InputError as `allot` does, if a ratio prunes more than is prunable, and for a method that
+    selects no channels.
+    """
+    if not CODECS[method.codec].selects:
+        raise InputError(
+            f"a method whose codec is {method.codec!r} selects no channels, so there is nothing to solve; use "
+            "grace-opt evaluate, or grace-opt generate --method"
+        )
+    plain = bundle.problems(0.0, protect=method.selection.protection is not None)
+    problems: dict[Kind, list[SubsetProblem]] = {}
+    for head, problem in zip(bundle.heads, plain, strict=True):
+        problems.setdefault(head.kind, []).append(problem)
+    kv_heads = bundle.integer("num_key_value_heads", 1 + max(head.kv_head for head in bundle.heads))
+    group = bundle.integer("num_attention_heads", kv_heads) // kv_heads
+    dims = {"key": bundle.integer("head_dim", plain[0].n)}
+    dims["value"] = bundle.integer("value_head_dim", dims["key"])
+    layers = len({head.layer for head in bundle.heads})
+    costs: dict[Kind, float] = {kind: bytes_per_channel(method.bits(kind), 2) for kind in KINDS}
+    prunes = allot(
+        problems,
+        budget,
+        method.sharing,
+        queries=group * bundle.integer("observation_window", 32),
+        costs=costs,
+        whole=layers * kv_heads * sum(costs[kind] * dims[kind] for kind in KINDS),
+    )
+    left = {kind: iter(each) for kind, each in prunes.items()}
+    return [replace(problem, prune=next(left[head.kind])) for head, problem in zip(bundle.heads, plain, strict=True)]
+
+
+def mask_from_solutions(
+    bundle: GraphBundle,
+    solutions: Sequence[Solution],
+    method: Method | None = None,
+    *,
+    readout_scope: str = "none",
+    recent_window: int | None = None,
+    sinks: int | None = None,
+) -> KVMask:
+    """The mask of a solved bundle (its heads and the solutions in the same order), as the method says (`grace-opt` if
+    left out).
+
+    ``readout_scope``: ``prefill`` (the method's read-out, fitted to each prompt), ``static`` (fitted now to the
+    bundle's moments) or ``none``; a method without a read-out has none. ``recent_window`` and ``sinks`` are those that
+    the graphs were made with, if left out. Raises InputError for a layer of which the bundle holds only some KV heads,
+    or a head without a solution.
+    """
+    method = method or METHODS["grace-opt"]
+    if readout_scope not in READOUT_SCOPES:
+        raise InputError(f"the read-out scope must be one of {', '.join(READOUT_SCOPES)}, got {readout_scope!r}")
+    recipe = recipe_of(method) if readout_scope != "none" else None
+    codecs: dict[int, dict[Kind, dict[int, Codec]]] = {}
+    for head, solution in zip(bundle.heads, solutions, strict=True):
+        keep, readout = kept_of(solution), None
+        if recipe is not None and readout_scope == "static":
+            about = bundle_moments(head, _window_tokens(bundle), recipe.mixed(head.kind))
+            readout = fit(about, keep, linear=recipe.readout_fit != "mean", ridge=recipe.ridge)
+        channels = Channels.keeping(keep, solution.n, *((readout.matrix, readout.constant) if readout else ()))
+        codec = as_integers(channels, method.bits(head.kind) or 0, head.kind)
+        codecs.setdefault(head.layer, {}).setdefault(head.kind, {})[head.kv_head] = codec
+    heads = bundle.integer("num_key_value_heads", 1 + max(head.kv_head for head in bundle.heads))
+    for layer, kinds in codecs.items():
+        for kind, by_head in kinds.items():
+            if sorted(by_head) != list(range(heads)):
+                raise InputError(
+                    f"the bundle holds {kind} graphs of KV heads {sorted(by_head)} of {heads} in layer {layer}"
+                )
+    windows = replace(
+        method.windows,
+        recent_window=bundle.integer("recent_window", 32) if recent_window is None else recent_window,
+        sinks=bundle.integer("sinks", 4) if sinks is None else sinks,
+    )
+    plans = {
+        layer: LayerPlan(
+            layer,
+            {kind: [by_head[h] for h in sorted(by_head)] for kind, by_head in kinds.items()},
+            windows,
+            recipe if readout_scope == "prefill" else None,
+            method.selection.observation_window,
+            method.selection.spans,
+        )
+        for layer, kinds in codecs.items()
+    }
+    return _mask_of_plan(bundle, CachePlan(plans), solutions, heads, method)
+
+
+def for_prompt(plan: LayerPlan, rows: Sequence[tuple[Observed, bool]], kind: Kind, states: Tensor) -> Codec:
+    """The codec of a layer's keys or values [B, H, T, n] for the prompts of a batch, its tensors [1 or B, H, ..].
+
+    rows: what the attention of each row saw, and whether it has old tokens; a row without any is read as zeros in its
+    dropped channels. Needed where the plan leaves something open. Chooses and fits that; the heads' codecs must be of
+    one signature.
+    """
+    n = states.shape[-1]
+    if plan.choice is None:
+        codec = stacked([each.sized(n) for each in plan.codecs[kind]]).to(states).mapped(lambda tensor: tensor[None])
+    else:
+        codec = _chosen(plan.choice, rows, kind, n).to(states)
+    if plan.readout is not None and plan.readout.readout_fit != "none" and any(old for _, old in rows):
+        codec = _with_readout(codec, plan.readout, rows, kind)
+    return codec
+
+
+# ---------------------------------------------------------------- a whole prompt
+
+
+def _layer_plan(
+    method: Method, index: int, codecs: Mapping[Kind, Sequence[Codec]], tokens: TokenRule | None
+) -> LayerPlan:
+    return LayerPlan(
+        index,
+        codecs,
+        method.windows,
+        recipe_of(method),
+        method.selection.observation_window,
+        method.selection.spans,
+        tokens,
+    )
+
+
+def recipe_of(method: Method) -> ReadoutRecipe | None:
+    """The read-out that a cache fits to each prompt, if the method has one."""
+    return None if method.readout.readout_fit == "none" or not CODECS[method.codec].selects else method.readout
+
+
+def _token_rule(method: Method, layers: Mapping[int, Observed], budget: Budget) -> TokenRule | None:
+    if method.tokens is None:
+        return None
+    if budget.bytes_per_token is None or method.token_share is not None:
+        return TokenRule(_policy(method), _share(method, budget))
+    whole = sum(each[:, 0].nbytes for seen in layers.values() for each in (seen.keys, seen.values))
+    return TokenRule(_policy(method), min(1.0, budget.bytes_per_token / whole))
+
+
+def _policy(method: Method) -> Any:
+    assert method.tokens is not None
+    try:
+        return POLICIES[method.tokens](**method.token_options)
+    except TypeError as error:
+        raise InputError(f"token policy {method.tokens!r} does not take these options ({error})") from None
+
+
+def _share(method: Method, budget: Budget) -> float:
+    """Of the old tokens: keys and values of one size are assumed where ratios differ."""
+    return method.token_share if method.token_share is not None else 1 - (budget.ratio + budget.value_ratio) / 2
+
+
+def _kept_channels(
+    method: Method, layers: Mapping[int, Observed], budget: Budget
+) -> dict[Kind, dict[int, list[IntArray]]]:
+    """Kind -> layer -> kept channels int64[d] of each KV head (for other codecs than channels, d numbers)."""
+    selects = CODECS[method.codec].selects
+    problems: dict[Kind, list[SubsetProblem]] = {}
+    seen = next(iter(layers.values()))
+    measured = selects or method.sharing.budget == "shared"
+    for kind in KINDS:
+        if budget.bytes_per_token is not None or budget.of(kind) > 0 or method.bits(kind):
+            make = _problems if measured else _sizes
+            problems[kind] = [problem for i, each in layers.items() for problem in make(method, i, each, kind)]
+    costs: dict[Kind, float] = {kind: bytes_per_channel(method.bits(kind), seen.keys.element_size()) for kind in KINDS}
+    heads_of = {"key": seen.keys, "value": seen.values}
+    whole = sum(len(each.keys) * costs[kind] * heads_of[kind].shape[-1] for kind in KINDS for each in layers.values())
+    prunes = allot(problems, budget, method.sharing, queries=seen.grouped.shape[1], costs=costs, whole=whole)
+    kept: dict[Kind, dict[int, list[IntArray]]] = {}
+    for kind, heads in problems.items():
+        ready = [replace(problem, prune=m) for problem, m in zip(heads, prunes[kind], strict=True)]
+        if selects:
+            solved = [kept_of(solution) for solution in solve_many(ready, method.selection.solver)]
+        else:
+            solved = [np.arange(m, problem.n) for problem, m in zip(heads, prunes[kind], strict=True)]
+        each = len(heads) // len(layers)
+        kept[kind] = {i: solved[at * each : (at + 1) * each] for at, i in enumerate(layers)}
+    return kept
+
+
+def kept_of(solution: Solution) -> IntArray:
+    """int64[d]: the channels that a selection keeps. Raises InputError if there is none."""
+    if solution.pruned is None:
+        raise InputError(f"{solution.problem} has no solution ({solution.status}: {'; '.join(solution.warnings)})")
+    return np.setdiff1d(np.arange(solution.n), solution.pruned)
+
+
+def _codecs(method: Method, seen: Observed, kind: Kind, keeps: Sequence[IntArray]) -> list[Codec]:
+    """The codecs of one layer's heads."""
+    n = (seen.keys if kind == "key" else seen.values).shape[-1]
+    made: Sequence[Codec]
+    if CODECS[method.codec].selects:
+        made = [Channels.keeping(keep, n) for keep in keeps]
+    else:
+        made = _fitted(method, seen, kind, list(map(len, keeps)))
+    return [as_integers(codec, method.bits(kind) or 0, kind) for codec in made]
+
+
+def _fitted(method: Method, seen: Observed, kind: Kind, widths: Sequence[int]) -> Sequence[Codec]:
+    try:
+        return CODECS[method.codec].fit(seen, kind, widths, **method.codec_options)
+    except TypeError as error:
+        raise InputError(f"codec {method.codec!r} does not take these options ({error})") from None
+
+
+def _sizes(method: Method, layer: int, seen: Observed, kind: Kind) -> list[SubsetProblem]:
+    """Problems that only say how many channels there are."""
+    n = (seen.keys if kind == "key" else seen.values).shape[-1]
+    zeros = np.zeros((n, n))
+    return [SubsetProblem(zeros, 0, name=str(HeadName(layer, head, kind))) for head in range(len(seen.keys))]
+
+
+def _problems(method: Method, layer: int, seen: Observed, kind: Kind) -> list[SubsetProblem]:
+    """The graphs of one layer's KV heads, with nothing to prune yet."""
+    selection = method.selection
+    counted = seen if selection.prunable_only else seen.all_tokens
+    protected = _salient(method, [counted], kind)
+    name = selection.objective if kind == "key" else selection.value_objective
+    if name not in counted.graphs:
+        counted.graphs[name] = _objective(method, kind)(counted).cpu().numpy()
+    weights: FloatArray = counted.graphs[name]
+    return [
+        SubsetProblem(w, 0, None if protected is None else protected[0, h], name=str(HeadName(layer, h, kind)))
+        for h, w in enumerate(weights)
+    ]
+
+
+def _objective(method: Method, kind: Kind) -> Any:
+    selection = method.selection
+    return KEY_OBJECTIVES[selection.objective] if kind == "key" else VALUE_OBJECTIVES[selection.value_objective]
+
+
+def _salient(method: Method, rows: Sequence[Observed], kind: Kind) -> np.ndarray | None:
+    """bool[rows, H, n]: the protected key channels."""
+    protection = method.selection.protection
+    if protection is None or kind != "key":
+        return None
+    norms = [double(seen.keys[:, seen.prunable]).square().sum(1).sqrt().cpu().numpy() for seen in rows]
+    return np.array([[salient_channels(head, protection) for head in row] for row in norms])
+
+
+# ---------------------------------------------------------------- one layer of a prompt
+
+
+def _chosen(choice: Choice, rows: Sequence[tuple[Observed, bool]], kind: Kind, n: int) -> Codec:
+    """The codec that a method chooses in one layer, [rows, heads]."""
+    method, seen = choice.method, [each for each, _ in rows]
+    sharing = method.sharing
+    prune = prune_count(choice.budget.of(kind), n, up=sharing.rounding == "ceil", align=sharing.align)
+    if not CODECS[method.codec].selects or prune == 0:
+        heads = len(seen[0].keys)
+        fits = [_fitted(method, each, kind, [n - prune] * heads) for each in seen]
+        return stacked([stacked([as_integers(c, method.bits(kind) or 0, kind) for c in row]) for row in fits])
+    order = _chosen_channels(method, seen, kind, prune)
+    return as_integers(Channels(order, n - prune), method.bits(kind) or 0, kind)
+
+
+def _chosen_channels(method: Method, rows: Sequence[Observed], kind: Kind, prune: int) -> Tensor:
+    """int64[rows, H, n]: each head's channels, the kept ones first, both ascending. Waits for no device."""
+    counted = rows if method.selection.prunable_only else [seen.all_tokens for seen in rows]
+    weights = torch.stack([_objective(method, kind)(seen) for seen in counted])
+    salient = _salient(method, counted, kind)
+    free = None
+    if salient is not None:
+        if prune > (most := int((~salient).sum(-1).min())):
+            raise InputError(
+                f"{prune} channels of each head are to be pruned and protection leaves {most}; prune fewer, or use a "
+                "method without protection"
+            )
+        free = torch.from_numpy(~salient).to(weights.device).flatten(0, 1)
+    if method.selection.solver == "independent":
+        weights = torch.diag_embed(weights.diagonal(dim1=2, dim2=3))
+    picks, _ = forward(weights.flatten(0, 1), prune, free)
+    pruned = torch.zeros(weights.shape[:3], dtype=torch.int, device=weights.device)
+    pruned = pruned.flatten(0, 1).scatter_(1, picks, 1).view(weights.shape[:3])
+    return pruned.argsort(dim=2, stable=True).to(rows[0].keys.device)
+
+
+def _with_readout(codec: Codec, recipe: ReadoutRecipe, rows: Sequence[tuple[Observed, bool]], kind: Kind) -> Codec:
+    """Channels, or integers of channels, with a read-out fitted to each row's prunable tokens as they are stored."""
+    inner = getattr(codec, "inner", codec)
+    if not isinstance(inner, Channels) or inner.matrix is not None or inner.width == inner.n:
+        return codec
+    about = []
+    for row, (seen, old) in enumerate(rows):
+        tokens = (seen.keys if kind == "key" else seen.values)[:, seen.prunable]
+        order = inner.order[min(row, len(inner.order) - 1)]
+        ordered = tokens.gather(2, order[:, None].expand(tokens.shape))
+        if not old:
+            ordered = torch.zeros_like(ordered)
+        # On what is stored: kept channels as they come back.
+        ordered = torch.cat([codec.stored(ordered[..., : inner.width]), ordered[..., inner.width :]], dim=2)
+        weights = seen.token_weights if recipe.readout_fit == "attention" else None
+        about.append(weighted_moments(ordered, weights, recipe.mixed(kind)))
+    mean, covariance = (torch.cat(each) for each in zip(*about, strict=True))
+    fitted = fit_many(mean, covariance, inner.width, recipe.ridge, linear=recipe.readout_fit != "mean")
+    matrix, constant = (each.view(len(rows), -1, *each.shape[1:]).contiguous() for each in fitted)
+    read = replace(inner, matrix=matrix, constant=constant).to(rows[0][0].keys)
+    return read if inner is codec else replace(codec, inner=read)  # type: ignore[call-arg]
+
+
+# ---------------------------------------------------------------- a bundle
+
+
+def _window_tokens(bundle: GraphBundle) -> int:
+    """How many prunable tokens a window of the bundle has."""
+    tokens = bundle.integer("window", 0) - bundle.integer("sinks", 0) - bundle.integer("recent_window", 0)
+    if tokens < 1:
+        raise InputError("the bundle does not say how many tokens its windows have; calibrate again")
+    return tokens
+
+
+def _mask_of_plan(
+    bundle: GraphBundle, plan: CachePlan, solutions: Sequence[Solution], heads: int, method: Method
+) -> KVMask:
+    first = solutions[0]
+    gaps = [solution.gap for solution in solutions]
+    about = {key: value for key, value in bundle.metadata.items() if key not in ("format", "version")}
+    keys = {len(head.weights) for head in bundle.heads if head.kind == "key"}
+    dims = keys or {len(head.weights) for head in bundle.heads}
+    if len(dims) > 1:
+        raise InputError(f"the bundle's heads have {sorted(dims)} channels; a mask needs them all of one size")
+    paired = any(head.groups is not None for head in bundle.heads)
+    return KVMask(
+        model=about.get("model", "unknown"),
+        config_sha256=about.get("config_sha256"),
+        num_hidden_layers=bundle.integer("num_hidden_layers", 0) or None,
+        num_attention_heads=bundle.integer("num_attention_heads", 0) or None,
+        num_key_value_heads=heads,
+        head_dim=dims.pop(),
+        plan=plan,
+        softmax_scale=float(about["softmax_scale"]) if "softmax_scale" in about else None,
+        structure="rope_pair" if paired else "channel",
+        align=method.sharing.align,
+        calibration=about,
+        solver={
+            "name": first.solver,
+            "version": first.solver_version,
+            "options": dict(first.options),
+            "method": method.options(),
+            "objective_sum": math.fsum(solution.objective for solution in solutions),
+            "max_gap": max(gaps) if all(map(math.isfinite, gaps)) else None,
+            "bound_kinds": sorted({solution.bound_kind.value for solution in solutions}),
+        },
+    )

@@ -1,0 +1,86 @@
+"""A prompt, run once: its cache, and what the attention of its last queries saw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from grace_opt.compression.method import Windows
+from grace_opt.errors import InputError
+from grace_opt.graphs.observed import Observed, output_projection
+from grace_opt.models.attention import attending_with, observing, require_attention_interface
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Captured:
+    """The uncompressed cache of a prompt, and what each full-attention layer saw of its last queries."""
+
+    model: PreTrainedModel
+    ids: Tensor  #: int64[1, prefix + scored]
+    prefix: int
+    past: Any  #: transformers' DynamicCache of the prefix
+    queries: dict[int, Tensor]  #: layer -> [Hq, w, n], the last queries of the prefix
+    scaling: dict[int, float]
+    outputs: dict[int, Callable[[], Tensor | None]]  #: layer -> what gives the weight of its output projection
+    seconds: float
+    _observed: dict[tuple[int, int, int, int | None], dict[int, Observed]] = field(default_factory=dict)
+
+    def observed(self, queries: int, windows: Windows, spans: int | None) -> dict[int, Observed]:
+        """For `grace_opt.compression.apply.apply`. Raises InputError if the prefix is shorter than its windows."""
+        seen = self._observed.setdefault((queries, windows.recent_window, windows.sinks, spans), {})
+        for layer, asked in () if seen else self.queries.items():
+            seen[layer] = Observed(
+                asked[:, -queries:],
+                self.past.layers[layer].keys[0],
+                self.past.layers[layer].values[0],
+                self.scaling[layer],
+                windows.sinks,
+                windows.recent_window,
+                self.outputs[layer](),
+                spans,
+            )
+        return seen
+
+
+def capture(model: PreTrainedModel, ids: Sequence[int], prefix: int, queries: int) -> Captured:
+    """Run the first ``prefix`` of ``ids`` through the model's body, and keep its last ``queries`` queries.
+
+    Raises InputError for a model whose attention cannot be observed, or all of whose layers have sliding windows.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    require_attention_interface(model)
+    asked: dict[int, Tensor] = {}
+    scaling: dict[int, float] = {}
+    outputs: dict[int, Callable[[], Tensor | None]] = {}
+
+    def keep(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, arguments: dict[str, Any]) -> None:
+        if arguments.get("sliding_window") is not None:
+            return
+        asked[module.layer_idx] = query[0, :, -queries:].clone()
+        scaling[module.layer_idx] = scale
+        outputs[module.layer_idx] = partial(output_projection, module, query.shape[1])
+
+    row = torch.tensor([list(ids)], device=model.device)
+    past = DynamicCache(config=model.config.get_text_config(decoder=True))
+    began = time.perf_counter()
+    with torch.inference_mode(), attending_with(model, observing(keep)):
+        model.base_model(input_ids=row[:, :prefix], past_key_values=past, use_cache=True)
+    seconds = time.perf_counter() - began
+    for layer in [layer for layer in asked if type(past.layers[layer]) is not DynamicLayer]:
+        del asked[layer]  # a sliding or chunked window: its cache is short already, and stays as it is
+    if not asked:
+        raise InputError(
+            f"{type(model).__name__} has no layer that attends to all tokens; the caches of its sliding windows are "
+            "short already, and compressing them is not supported"
+        )
+    return Captured(model, row, prefix, past, asked, scaling, outputs, seconds)

@@ -1,0 +1,75 @@
+"""The split-KV kernel (`grace_opt.runtime.kernels.triton`) behind the contract: one decoded token on a card."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grace_opt.compression.integers import Integers, Packed
+from grace_opt.runtime.buffers import Packed as PackedBuffer
+from grace_opt.runtime.kernels import triton
+from grace_opt.runtime.kernels.contract import Request
+from grace_opt.runtime.layer import PrunedLayer
+from grace_opt.runtime.side import Side
+
+
+class TritonKernel:
+    """Rows in floating point, or integers of 2, 4 or 8 bits of both sides; sinks and one window of whole tokens."""
+
+    name = "triton"
+
+    def reads(self, layer: PrunedLayer) -> bool | str:
+        """True on a card of compute capability 8.0 or higher, for what the kernel can decode."""
+        bits = [side.codec.bits if isinstance(side.codec, Integers) else 0 for side in layer.sides]
+        if any(side.codec.block and not isinstance(side.codec, Integers) for side in layer.sides):
+            return "it unpacks integers only"
+        if 3 in bits or (0 in bits and max(bits)):
+            return "it reads integers of both sides or none, and codes within bytes"
+        if layer.extra is not None:
+            return "it knows no whole tokens but sinks and the recent window"
+        if layer.is_static and layer.keeps:
+            return "its window ends at the last token, and a preallocated one that keeps generated tokens does not"
+        return triton.available(layer.first) or "it runs on cards of compute capability 8.0 or higher"
+
+    def takes(self, request: Request) -> bool | str:
+        """True for one token of each row, outside of training, if the model did not change the values."""
+        if request.new > 1 or request.dropout or request.changed is not None:
+            return "it decodes one token of each row, without dropout, from the cache's own values"
+        if torch.is_grad_enabled() and request.query.requires_grad:
+            return "it has no gradient"
+        return True
+
+    def attend(self, request: Request) -> Tensor:
+        """Outputs [B, Hq, 1, Dv]."""
+        handle, query, layer = request.handle, request.query, request.handle.layer
+        keys, values = layer.sides
+        batch, heads = query.shape[:2]
+        asked = query.reshape(batch, handle.spans[0].shape[1], -1, query.shape[-1]) * request.scaling
+        row, outside = keys.codec.asked(asked)
+        tokens, first = [], layer.first
+        for side, span in zip(layer.sides, handle.spans, strict=True):
+            tokens.append(triton.Tokens(side.buffer.tokens, torch.cat([side.whole, span], dim=2), _packed(side)))
+        mask = None if request.mask is None else request.mask[:, 0, 0]
+        buffer = keys.buffer
+        if isinstance(buffer, PackedBuffer) and buffer.packed_tokens:
+            # The kernel takes the integers first, then what came before them, then what came after.
+            head, count = buffer.first.shape[2], buffer.packed_tokens
+            first = first + count
+            if mask is not None:
+                mask = torch.cat([mask[:, head : head + count], mask[:, :head], mask[:, head + count :]], dim=1)
+        if layer.is_static:
+            stored = [tensor for each in tokens for tensor in (each.kept, each.rows)]
+            both = triton.compiled_decode(row, outside, *stored, layer.length, layer.sink_count, first, mask)
+            total, residual = both[..., : values.codec.width], both[..., values.codec.width :]
+        else:
+            total, residual = triton.decode(
+                row, outside, tokens[0], tokens[1], layer.length, layer.sink_count, first, mask
+            )
+        return values.codec.read(total, residual).view(batch, heads, 1, -1)
+
+
+def _packed(side: Side) -> Packed | None:
+    buffer = side.buffer
+    if not isinstance(buffer, PackedBuffer) or not buffer.blocks or not isinstance(side.codec, Integers):
+        return None
+    return side.codec.packed(buffer.held(), buffer.last.dtype)
