@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from grace_opt.errors import InputError
 from grace_opt.registry import create
-from grace_opt.testing.report import conformance
+from grace_opt.testing.solvers.report import conformance
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

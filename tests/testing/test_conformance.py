@@ -19,7 +19,7 @@ from grace_opt.problem import BoolArray
 from grace_opt.solution import BoundKind, Capabilities, Limit, RawResult, Solver, Status
 from grace_opt.testing import CHECKS, Case, Check, Outcome, brute_force, checks, conformance, problems
 from grace_opt.testing.__main__ import main
-from grace_opt.testing.cases import hidden_optimum
+from grace_opt.testing.solvers.cases import hidden_optimum
 
 BUILT_IN = [info.name for info in registry.solvers() if info.origin == "built-in"]
 OTHER_OPTIONS = ["greedy direction=backward", "greedy direction=best"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from grace_opt.solution import Solver
-from grace_opt.testing.cases import problems
-from grace_opt.testing.checks import CHECKS
+from grace_opt.testing.solvers.cases import problems
+from grace_opt.testing.solvers.checks import CHECKS
 
 
 class Outcome(StrEnum):

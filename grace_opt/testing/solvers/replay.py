@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from grace_opt.solution import Limits, Solver
 from grace_opt.solve import solve
-from grace_opt.testing.cases import hidden_optimum, problems
+from grace_opt.testing.solvers.cases import hidden_optimum, problems
 
 TIMEOUT = 120.0
 
