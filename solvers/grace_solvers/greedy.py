@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from grace_opt.greedy import forward
 from grace_opt.problem import BoolArray, FloatArray, IntArray, SubsetProblem
 from grace_opt.solution import Capabilities, Limits, RawResult
 from grace_solvers.independent import SEVERAL_SIZES
@@ -75,20 +76,16 @@ class GreedySolver:
 
 
 def _forward(weights: FloatArray, free: BoolArray, counts: IntArray) -> BoolArray:
-    """weights [h, n, n], free [h, n], counts [h] -> chosen [h, n]; scores hold the cost of pruning a node next."""
-    scores = np.where(free, np.diagonal(weights, axis1=1, axis2=2), np.inf)
+    """weights [h, n, n], free [h, n], counts [h] -> chosen [h, n], the first of nested picks."""
+    picks, _ = forward(weights, int(counts.max(initial=0)), free)
+    rows, steps = np.nonzero(np.arange(picks.shape[1]) < counts[:, None])
     chosen = np.zeros(free.shape, bool)
-    for step in range(counts.max(initial=0)):
-        rows = np.flatnonzero(counts > step)
-        picks = scores[rows].argmin(1)
-        chosen[rows, picks] = True
-        scores[rows] += 2 * weights[rows, picks]
-        scores[rows, picks] = np.inf
+    chosen[rows, picks[rows, steps]] = True
     return chosen
 
 
 def _backward(weights: FloatArray, free: BoolArray, counts: IntArray) -> BoolArray:
-    """As `_forward`; scores hold what taking a node out of the pruned set saves."""
+    """Scores hold what taking a node out of the pruned set saves."""
     diagonal = np.diagonal(weights, axis1=1, axis2=2)
     inside = np.einsum("hij,hj->hi", weights, free.astype(np.float64))
     scores = np.where(free, 2 * inside - diagonal, -np.inf)

@@ -37,13 +37,6 @@ from grace_opt.testing.solvers.requirements import (
     require_unchanged,
     said,
 )
-    bytes_of,
-    require,
-    require_same,
-    require_sound,
-    require_unchanged,
-    said,
-)
 
 TIME_LIMIT = 0.5
 TIME_ALLOWED = 1.2 * TIME_LIMIT + 0.5  # 20 %, and half a second for what no solver can interrupt

@@ -48,7 +48,7 @@ def selections_in_new_process(solver: Solver, seed: int, hash_seed: int) -> dict
     environment = dict(os.environ, PYTHONHASHSEED=str(hash_seed), PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     try:
         run = subprocess.run(
-            [sys.executable, "-m", "grace_opt.testing.replay"],
+            [sys.executable, "-m", "grace_opt.testing.solvers.replay"],
             input=json.dumps(task),
             env=environment,
             capture_output=True,
