@@ -310,7 +310,8 @@ def test_the_whole_path_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> N
     records(inside("calibrate", tiny_folder, "-o", piped, "--text", "-", *common, stdin=WORDS))
     for mine, theirs in zip(load_bundle(graphs).heads, load_bundle(piped).heads, strict=True):
         np.testing.assert_array_equal(mine.weights, theirs.weights)
-    records(inside("solve", graphs, "--ratio", 0.5, "--readout", "none", "-o", mask, "-f", "json"))
+    moving = ("--method-option", "generated=prune", *UNIFORM)
+    records(inside("solve", graphs, "--ratio", 0.5, *moving, "--readout", "none", "-o", mask, "-f", "json"))
     prompt = ("--prompt", " ".join(WORDS.split()[:100]), "--max-new-tokens", 10, "-f", "json")
     pruned = records(inside("generate", tiny_folder, "--mask", mask, *prompt))[0]
     plain = records(cli("generate", tiny_folder, *prompt))[0]
