@@ -38,6 +38,7 @@ from grace_opt.service.db.tables import State
 
 CLIENTS = 200
 WORKERS = 2
+UNIFORM = {"budget": "uniform"}  # the problems that `GraphBundle.problems` makes
 PATHS = ("records?limit=50", "records?sort=gap&limit=50", "records?sort=time&descending=true&limit=50&offset=50")
 
 
@@ -79,7 +80,7 @@ def overhead(client: Client, bundle: GraphBundle, heads: int, folder: Path, repe
     """Times of the service and of `solve_many`, in turn, on the same fresh heads each time."""
     times: dict[str, list[float]] = {"service": [], "solve_many, processes": [], "solve_many, threads": []}
     warm = save(more_heads(bundle, 8, 99), folder)
-    client.wait(client.submit(client.upload(warm).digest, ["branch-and-bound"], [0.6]).id)
+    client.wait(client.submit(client.upload(warm).digest, ["branch-and-bound"], [0.6], method_options=UNIFORM).id)
     with Cluster(workers=WORKERS) as cluster:
         solve_many(more_heads(bundle, 8, 99).problems(0.6), "branch-and-bound", engine=cluster.outcomes)
         times["solve_many, Dask"] = []
@@ -88,7 +89,7 @@ def overhead(client: Client, bundle: GraphBundle, heads: int, folder: Path, repe
             problems = made.problems(0.6)
             digest = client.upload(save(made, folder)).digest
             began = time.perf_counter()
-            run = client.submit(digest, ["branch-and-bound"], [0.6])
+            run = client.submit(digest, ["branch-and-bound"], [0.6], method_options=UNIFORM)
             with httpx.stream("GET", f"{client.url}/api/runs/{run.id}/events", timeout=600) as events:
                 for _ in events.iter_lines():
                     pass

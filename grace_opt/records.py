@@ -19,6 +19,7 @@ from grace_opt.errors import InputError
 from grace_opt.solution import BoundKind, Limit, Status
 
 SHA256 = "^[0-9a-f]{64}$"
+BUDGET = ("ratio", "value_ratio", "budget_bytes")
 
 
 def _about(description: str, unit: str = "", **more: Any) -> Any:
@@ -202,12 +203,25 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def budget_of(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """The fields of a record that say how much was to be pruned; null those that an old record lacks."""
+    return {name: record.get(name) for name in BUDGET}
+
+
 def budget_name(record: Mapping[str, Any]) -> str:
     """A record's budget in a word: `0.5`, `0.5,0.3` (keys, values) or `200B` (bytes); fit for keys and addresses."""
-    if record.get("budget_bytes") is not None:
-        return f"{_number(record['budget_bytes'])}B"
-    values = record.get("value_ratio")
-    return _number(record["ratio"]) + ("" if values is None else f",{_number(values)}")
+    ratio, values, size = budget_of(record).values()
+    if size is not None:
+        return f"{_number(size)}B"
+    return _number(ratio) + ("" if values is None else f",{_number(values)}")
+
+
+def budget_words(record: Mapping[str, Any]) -> str:
+    """A record's budget as people say it: `ratio 0.5`, `ratios 0.5 and 0.3` or `200 bytes a token`."""
+    ratio, values, size = budget_of(record).values()
+    if size is not None:
+        return f"{_number(size)} bytes a token"
+    return f"ratio {_number(ratio)}" if values is None else f"ratios {_number(ratio)} and {_number(values)}"
 
 
 @cache
@@ -217,5 +231,5 @@ def _validator(model: type) -> Any:
     return TypeAdapter(model)
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:
     return repr(float(value)).removesuffix(".0")

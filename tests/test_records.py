@@ -24,6 +24,7 @@ from grace_opt.records import (
     TimingNs,
     added,
     budget_name,
+    budget_words,
     check,
     names,
 )
@@ -82,16 +83,16 @@ def test_the_fields_are_inherited_and_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "name"),
+    ("budget", "name", "words"),
     [
-        ({"ratio": 0.5}, "0.5"),
-        ({"ratio": 0.1 + 0.2, "value_ratio": None, "budget_bytes": None}, "0.30000000000000004"),
-        ({"ratio": 0.5, "value_ratio": 0.0}, "0.5,0"),
-        ({"ratio": None, "value_ratio": None, "budget_bytes": 11520}, "11520B"),
+        ({"ratio": 0.5}, "0.5", "ratio 0.5"),
+        ({"ratio": 0.1 + 0.2, "value_ratio": None}, "0.30000000000000004", "ratio 0.30000000000000004"),
+        ({"ratio": 0.5, "value_ratio": 0.0}, "0.5,0", "ratios 0.5 and 0"),
+        ({"ratio": None, "value_ratio": None, "budget_bytes": 11520}, "11520B", "11520 bytes a token"),
     ],
 )
-def test_a_budget_has_a_name(budget: dict[str, Any], name: str) -> None:
-    assert budget_name(budget) == name
+def test_a_budget_has_a_name(budget: dict[str, Any], name: str, words: str) -> None:
+    assert (budget_name(budget), budget_words(budget)) == (name, words)
 
 
 def test_importing_it_loads_no_pydantic() -> None:

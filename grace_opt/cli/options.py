@@ -80,16 +80,10 @@ ConfigOption = Annotated[
     ),
 ]
 RatioOption = Annotated[float, option("--ratio", help="Fraction of each head's channels to prune, in [0, 1).")]
-RatiosOption = Annotated[
-    list[float], option("--ratio", help="Fraction of each head's channels to prune, in [0, 1); repeatable.")
-]
 SolverOption = Annotated[str, option("--solver", help="Solver name; grace-opt solvers lists them.")]
 SolversOption = Annotated[list[str], option("--solver", help="Solver name; repeatable.")]
 SolversOptions = Annotated[
     list[str] | None, option("--solver-option", help="NAME.OPTION=VALUE, an option of solver NAME; repeatable.")
-]
-ProtectOption = Annotated[
-    bool, option("--protect/--no-protect", help="Keep the bundle's protected channels, or ignore them.")
 ]
 SeedOption = Annotated[int, option("--seed", help="Seed of all randomness.")]
 SchedulerOption = Annotated[

@@ -32,7 +32,7 @@ def status(
                 raise InputError("--wait and --cancel are for one run; give its id")
             found = client.runs()
             rows = [_row(each) for each in found.runs]
-            print_records(rows, format, ["run", "state", "done", "solvers", "ratios", "created", "name"])
+            print_records(rows, format, ["run", "state", "done", "solvers", "budgets", "created", "name"])
             if found.total > len(rows) and not quiet:
                 say(f"the newest {len(rows)} of {found.total} runs")
             return
@@ -65,12 +65,14 @@ def print_run(client: Client, run: Run, format: Format) -> None:
 
 
 def _row(run: Run) -> dict[str, Any]:
+    from grace_opt.records import budget_words
+
     return {
         "run": run.id,
         "state": str(run.state),
         "done": f"{run.done} of {run.total}",
         "solvers": ", ".join(each.solver for each in run.request.solvers),
-        "ratios": ", ".join(f"{ratio:g}" for ratio in run.request.ratios),
+        "budgets": ", ".join(map(budget_words, run.request.budgets)),
         "created": run.created,
         "name": run.request.name,
     }

@@ -8,10 +8,10 @@ import typer
 
 from grace_opt.cli.config import named_options
 from grace_opt.cli.options import (
+    BudgetOptions,
     BundleArgument,
     LimitOptions,
-    ProtectOption,
-    RatiosOption,
+    MethodOptions,
     ServiceOptions,
     SolversOption,
     SolversOptions,
@@ -26,12 +26,12 @@ from grace_opt.cli.status import print_run, waited
 def submit(
     ctx: typer.Context,
     bundle: BundleArgument,
-    ratio: RatiosOption,
     solver: SolversOption,
     *,
+    asked: BudgetOptions,
+    choice: MethodOptions,
     solver_option: SolversOptions = None,
     name: Annotated[str, typer.Option("--name", help="Of the run, for people.")] = "",
-    protect: ProtectOption = True,
     readout: Annotated[str, option("--readout", help="Of the masks: prefill, static or none.")] = "prefill",
     ending: LimitOptions,
     idempotency_key: Annotated[
@@ -41,17 +41,23 @@ def submit(
     service: ServiceOptions,
     talk: Talk,
 ) -> None:
-    """Give a bundle to a service and have every solver run on every head at every ratio."""
+    """Give a bundle to a service and have every solver run on every head at every budget."""
     explain(ctx, talk.verbose)
     options = named_options("--solver-option", solver, solver_option or [])
+    given = choice.given()
+    choice.made(given, [each for each in asked.budgets() if not isinstance(each, float)])  # before anything is sent
     with service.client() as client:
         talk.say(f"uploading {bundle} unless the service has it")
         run = client.submit(
             client.upload(bundle).digest,
             options,
-            ratio,
+            asked.ratio or (),
+            value_ratio=asked.value_ratio,
+            budget_bytes=asked.budget_bytes or (),
+            method=choice.method,
+            method_options=given,
             limits=vars(ending),
-            config={"protect": protect, "readout": readout},
+            config={"readout": readout},
             name=name,
             idempotency_key=idempotency_key,
         )

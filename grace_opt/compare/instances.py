@@ -11,10 +11,9 @@ from grace_opt.compression.method import Method
 from grace_opt.engines.outcome import failed
 from grace_opt.graphs import GraphBundle
 from grace_opt.problem import SubsetProblem
-from grace_opt.records import Record, added
+from grace_opt.records import BUDGET, Record, added, budget_of
 from grace_opt.solution import Limits, RawResult, Solver, Status, rounding_slack
 
-BUDGET_FIELDS = ("ratio", "value_ratio", "budget_bytes")
 NOT_SUPPORTED = "not supported"  #: raw_status of a head that its solver does not take
 
 
@@ -32,7 +31,7 @@ class Instance:
     @property
     def labels(self) -> dict[str, Any]:
         """The fields of a record that say whose head it is, at what budget."""
-        return {**{name: getattr(self, name) for name in ("bundle", *BUDGET_FIELDS)}, "problem": self.problem.name}
+        return {**{name: getattr(self, name) for name in ("bundle", *BUDGET)}, "problem": self.problem.name}
 
     def has(self, record: Mapping[str, Any]) -> bool:
         """Whether a record is of this head at this budget, not just of an equal problem."""
@@ -41,12 +40,7 @@ class Instance:
 
 def place_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """Whose head a record is of, at what budget."""
-    return (record["bundle"], *budget_of(record), record["problem"])
-
-
-def budget_of(record: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
-    """The budget of a record, or of a row of a summary: ratio, value ratio, bytes."""
-    return (record["ratio"], record.get("value_ratio"), record.get("budget_bytes"))
+    return (record["bundle"], *budget_of(record).values(), record["problem"])
 
 
 def instances_of(

@@ -14,7 +14,6 @@ from typing import Any
 
 from grace_opt.compare.instances import (
     Instance,
-    budget_of,
     instances_of,
     labelled,
     limits_of,
@@ -30,7 +29,7 @@ from grace_opt.engines.outcome import Engine
 from grace_opt.errors import InputError
 from grace_opt.files import check_writable, read_json, write_json
 from grace_opt.graphs import load_bundle
-from grace_opt.records import now
+from grace_opt.records import budget_name, now
 from grace_opt.registry import create
 from grace_opt.reports.report import write_report
 from grace_opt.solution import Limits, Solution, Solver
@@ -234,5 +233,5 @@ def _write_runs(path: Path, runs: Sequence[Any]) -> None:
 def _by_set(instances: Iterable[Instance]) -> list[list[Instance]]:
     sets: dict[tuple[Any, ...], list[Instance]] = {}
     for instance in instances:
-        sets.setdefault((instance.bundle, *budget_of(instance.labels)), []).append(instance)
+        sets.setdefault((instance.bundle, budget_name(instance.labels)), []).append(instance)
     return list(sets.values())

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from grace_opt.compare.instances import BUDGET_FIELDS, NOT_SUPPORTED
+from grace_opt.compare.instances import NOT_SUPPORTED
+from grace_opt.records import BUDGET
 from grace_opt.reports.report import grouped
 from grace_opt.solution import OBJECTIVE_SLACK, BoundKind, Limit, Status, relative_gap
 
 Record = dict[str, Any]
 
-PLACE = ("bundle", *BUDGET_FIELDS, "solver")  #: what the records of a row have in common
+PLACE = ("bundle", *BUDGET, "solver")  #: what the records of a row have in common
 TIME_SHIFT = 0.01  #: seconds, of the shifted geometric mean
 
 

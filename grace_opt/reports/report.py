@@ -18,11 +18,12 @@ import numpy as np
 from grace_opt.files import write_text
 from grace_opt.heads import HeadName
 from grace_opt.problem import SubsetProblem
+from grace_opt.records import BUDGET, budget_of, budget_words
 from grace_opt.solution import Status, relative_gap
 
 Record = dict[str, Any]
 
-SET_FIELDS = ("bundle", "ratio", "value_ratio", "budget_bytes")  #: what the records of a set have in common
+SET_FIELDS = ("bundle", *BUDGET)  #: what the records of a set have in common
 SHOWN_HEADS = 24  #: of all bundles together: heads with a channel graph and a trace of their own
 EDGES_PER_CHANNEL = 3
 TIME_POINTS = 100
@@ -254,7 +255,8 @@ def _set(
     return {
         "bundle": records[0]["bundle"],
         "ratio": records[0]["ratio"],
-        "budget": _budget(records[0]),
+        "budget": budget_words(records[0]),
+        "query": {name: value for name, value in budget_of(records[0]).items() if value is not None},
         "sizes": sorted({(record["n"], record["prune"]) for record in records}),
         "heads": heads,
         "layers": [place.layer for place in places],
@@ -265,15 +267,6 @@ def _set(
         "time": {"times": [_short(time) for time in times], **medians},
         "details": details,
     }
-
-
-def _budget(record: Record) -> str:
-    """The budget of a record in words."""
-    if record.get("budget_bytes") is not None:
-        return f"{record['budget_bytes']:g} bytes a token"
-    if record.get("value_ratio") is None:
-        return f"ratio {record['ratio']:g}"
-    return f"ratios {record['ratio']:g} and {record['value_ratio']:g}"
 
 
 def _row(record: Record, head: int, solver: int) -> list[Any]:

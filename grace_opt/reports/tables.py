@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from grace_opt.heads import HeadName, Kind
+from grace_opt.records import BUDGET
 
 
 def by_layer(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -34,7 +35,7 @@ def summary_columns(summary: Sequence[Mapping[str, Any]]) -> list[str]:
         *("heads", "mean over best %", "max over best %", "mean gap %", "gap to best bound %", "optimal %"),
         *("time ms", "errors"),
     ]
-    varying = ("bundle", "ratio", "value_ratio", "budget_bytes")
+    varying = ("bundle", *BUDGET)
     several = [name for name in varying if len({row.get(name) for row in summary}) > 1]
     rare = [name for name in ("no_selection", "not_supported") if any(row[name] for row in summary)]
     return [*several, "solver", *columns, *rare]

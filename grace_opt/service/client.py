@@ -13,7 +13,6 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from grace_opt.compression.mask import JSON_NAME, TENSORS_NAME
 from grace_opt.errors import InputError
 from grace_opt.files import file_sha256, replacing
 from grace_opt.service import schemas
@@ -80,8 +79,12 @@ class Client:
         self,
         bundle: str,
         solvers: Mapping[str, Mapping[str, Any]] | Sequence[str],
-        ratios: Sequence[float],
+        ratios: Sequence[float] = (),
         *,
+        value_ratio: float | None = None,
+        budget_bytes: Sequence[float] = (),
+        method: str = "grace-opt",
+        method_options: Mapping[str, Any] | None = None,
         limits: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
         name: str = "",
@@ -92,7 +95,12 @@ class Client:
         Args:
             bundle: digest of an uploaded bundle.
             solvers: names, or name -> its options.
-            ratios: fractions of each head's channels to prune.
+            ratios: fractions of the key channels to prune, of each head or of the average one, as the method says.
+            value_ratio: fraction of the value channels; that of the key channels if None.
+            budget_bytes: beside or in place of ratios: what an old token's keys and values may take in all layers,
+                at 16 bits.
+            method: name of a method; its channels are chosen by ``solvers``.
+            method_options: fields of `grace_opt.compression.method.Method` and of its parts, in place of the method's.
             limits: fields of `schemas.RunLimits`.
             config: fields of `schemas.RunConfig`.
             name: for people.
@@ -102,7 +110,11 @@ class Client:
         body = {
             "bundle": bundle,
             "solvers": [{"solver": each, "options": dict(options[each])} for each in options],
+            "method": method,
+            "method_options": dict(method_options or {}),
             "ratios": list(ratios),
+            "value_ratio": value_ratio,
+            "budget_bytes": list(budget_bytes),
             "limits": dict(limits or {}),
             "config": dict(config or {}),
             "name": name,
@@ -159,6 +171,8 @@ class Client:
 
     def fetch(self, mask: schemas.Mask, folder: str | Path) -> None:
         """Write a mask's two files to a folder, checked against their digests."""
+        from grace_opt.compression.mask_file import JSON_NAME, TENSORS_NAME  # loads torch
+
         folder = Path(folder)
         # As `save_mask` does: the JSON, which holds the other's sha256, comes last.
         with replacing(folder / JSON_NAME) as json_file, replacing(folder / TENSORS_NAME) as tensor_file:

@@ -7,16 +7,14 @@ import math
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from grace_opt.compare import Index, Instance, labelled, refusal, slack_of, summarise, with_references
+from grace_opt.compare.instances import place_of
 from grace_opt.engines.dask import Chunk, Cluster
 from grace_opt.errors import InputError
-from grace_opt.records import budget_name
 from grace_opt.service.db.database import Row, reason
 from grace_opt.service.db.storage import Storage
 from grace_opt.service.db.tables import State
@@ -121,14 +119,14 @@ class Runner(threading.Thread):
     def _begin(self, row: Row) -> Work:
         """Plan a run: what it has already, what earlier runs know, what is left."""
         work, run, reused = plan(self.storage.blobs, row["request"]), row["id"], 0
-        have = {_key(record) for record in self.storage.records.all(run)}
+        have = {(place_of(record), record["solver"]) for record in self.storage.records.all(run)}
         records: list[Row] = []
         for solver in work.solvers:
             known = self.storage.records.known((instance.digest for instance in work.instances), solver.name)
             index = Index(known, work.limits)
             unsolved: dict[str, list[Instance]] = {}
             for instance in work.instances:
-                if (budget_name({"ratio": instance.ratio}), solver.name, instance.problem.name) in have:
+                if (place_of(instance.labels), solver.name) in have:
                     continue
                 found, refused = index.find(instance, solver), refusal(solver, instance.problem)
                 if found is not None:
@@ -202,17 +200,11 @@ class Runner(threading.Thread):
     def _complete_if_done(self, run: int, work: Work) -> None:
         if work.done < work.total:
             return
-        by_key = {_key(record): record for record in self.storage.records.all(run)}
+        found = {(place_of(record), record["solver"]): record for record in self.storage.records.all(run)}
         records = [
-            by_key[budget_name({"ratio": instance.ratio}), solver.name, instance.problem.name]
-            for instance in work.instances
-            for solver in work.solvers
+            found[place_of(instance.labels), solver.name] for instance in work.instances for solver in work.solvers
         ]
         records = with_references(records, records, slack_of(work.instances))
-        masks = masks_of(records, work.bundle, work.request["config"], self.storage.blobs)
+        masks = masks_of(records, work.bundle, work.request, self.storage.blobs)
         self.storage.runs.finish(run, records, masks, summarise(records))
         del self._work[run]
-
-
-def _key(record: Mapping[str, Any]) -> tuple[str, str, str]:
-    return budget_name(record), record["solver"], record["problem"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from grace_opt.compression.readout import SCOPES
-from grace_opt.records import SHA256, Record
+from grace_opt.compression.readout import READOUT_SCOPES
+from grace_opt.records import SHA256, Record, budget_of
 from grace_opt.service.db.tables import State
 
 Digest = Annotated[str, Field(pattern=SHA256, description="sha256, 64 hexadecimal digits")]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  #: PostgreSQL holds no NUL
 Option = Text | int | float | bool | None
+Short = Annotated[Text, Field(max_length=200)]
+MethodOption = Short | int | float | bool | None | dict[Short, Short | int | float | bool | None]
 Scope = Literal["read", "submit", "admin"]
 Sort = Literal["id", "problem", "status", "objective", "gap", "reference_gap", "over_best", "time"]
 
@@ -45,22 +47,36 @@ class RunLimits(Body):
 class RunConfig(Body):
     """What problems are made of the graphs, and what masks of their solutions."""
 
-    protect: bool = Field(True, description="keep the bundle's protected channels")
-    readout: Literal["prefill", "static", "none"] = Field("prefill", description="scope of the masks' read-out")
+    protect: bool | None = Field(None, description="keep the bundle's protected channels; as the method says if null")
+    readout: Literal["prefill", "static", "none"] = Field(
+        "prefill", description="scope of the masks' read-out, if the method has one"
+    )
     recent_window: int | None = Field(None, ge=0, lt=2**31, description="of the masks; the graphs' own if null")
     sinks: int | None = Field(None, ge=0, lt=2**31, description="of the masks; the graphs' own if null")
 
 
-assert set(RunConfig.model_fields["readout"].annotation.__args__) == set(SCOPES)  # type: ignore[union-attr]
+assert set(RunConfig.model_fields["readout"].annotation.__args__) == set(READOUT_SCOPES)  # type: ignore[union-attr]
 
 
 class RunRequest(Body):
-    """Every solver on every head of a bundle at every ratio."""
+    """Every solver on every head of a bundle at every budget, which a method shares over the heads."""
 
     bundle: Digest = Field(description="digest of a bundle that the service has")
     solvers: list[SolverChoice] = Field(min_length=1, max_length=32)
+    method: Short = Field("grace-opt", description="name of a method: `grace-opt methods`")
+    method_options: dict[Short, MethodOption] = Field(
+        default_factory=dict, description="in place of the method's own", examples=[{"budget": "uniform"}]
+    )
     ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        min_length=1, max_length=32, description="fractions of each head's channels to prune"
+        default_factory=list, max_length=32, description="fractions of the key channels to prune"
+    )
+    value_ratio: float | None = Field(
+        None, ge=0, lt=1, description="fraction of the value channels to prune; that of the key channels if null"
+    )
+    budget_bytes: list[Annotated[float, Field(gt=0, le=1e300)]] = Field(
+        default_factory=list,
+        max_length=32,
+        description="beside or in place of ratios: what an old token may take in all layers, in 16-bit keys and values",
     )
     limits: RunLimits = Field(default_factory=RunLimits)
     config: RunConfig = Field(default_factory=RunConfig)
@@ -80,6 +96,12 @@ class RunRequest(Body):
         }
     )
 
+    @property
+    def budgets(self) -> list[dict[str, float | None]]:
+        """As records have them."""
+        ratios = [budget_of({"ratio": ratio, "value_ratio": self.value_ratio}) for ratio in self.ratios]
+        return ratios + [budget_of({"budget_bytes": size}) for size in self.budget_bytes]
+
     @field_validator("solvers")
     @classmethod
     def _each_once(cls, solvers: list[SolverChoice]) -> list[SolverChoice]:
@@ -88,10 +110,18 @@ class RunRequest(Body):
             raise ValueError("name each solver once; other options are another run")
         return solvers
 
-    @field_validator("ratios")
+    @field_validator("ratios", "budget_bytes")
     @classmethod
-    def _no_ratio_twice(cls, ratios: list[float]) -> list[float]:
-        return list(dict.fromkeys(ratios))
+    def _no_budget_twice(cls, budgets: list[float]) -> list[float]:
+        return list(dict.fromkeys(budgets))
+
+    @model_validator(mode="after")
+    def _ratios_or_bytes(self) -> Self:
+        if not self.ratios and not self.budget_bytes:
+            raise ValueError("give ratios or budget_bytes")
+        if not self.ratios and self.value_ratio is not None:
+            raise ValueError("value_ratio goes with ratios; budget_bytes shares its bytes between keys and values")
+        return self
 
 
 class Bundle(BaseModel):
@@ -112,10 +142,12 @@ class Registration(Body):
 
 
 class SummaryRow(BaseModel):
-    """A solver of a run at one ratio; see `grace_opt.compare.summarise`."""
+    """A solver of a run at one budget; see `grace_opt.compare.summarise`."""
 
     bundle: Digest
-    ratio: float
+    ratio: float | None
+    value_ratio: float | None = None
+    budget_bytes: float | None = None
     solver: str
     heads: int
     over_best_mean: float | None
@@ -144,14 +176,16 @@ class Run(BaseModel):
     created: str
     started: str | None
     ended: str | None
-    summary: list[SummaryRow] = Field(description="a row for each ratio and solver, once complete")
+    summary: list[SummaryRow] = Field(description="a row for each budget and solver, once complete")
 
 
 class Mask(BaseModel):
-    """The mask of one solver of a run at one ratio."""
+    """The mask of one solver of a run at one budget."""
 
     run: int
-    ratio: float
+    ratio: float | None
+    value_ratio: float | None
+    budget_bytes: float | None
     solver: str
     digest: Digest = Field(description="of kv_mask.json: /api/masks/{digest}.json and .safetensors")
     tensors: Digest = Field(description="of kv_mask.safetensors")
@@ -195,7 +229,7 @@ class Comparison(BaseModel):
     runs: list[Run]
     summary: list[dict[str, Any]] = Field(description="the rows of all runs, each with its run's id as ``run``")
     differences: list[dict[str, Any]] = Field(
-        description="for each ratio, solver and head that all runs have: objectives, and how many channels all prune"
+        description="for each budget, solver and head that all runs have: objectives, and how many channels all prune"
     )
 
 

@@ -43,7 +43,7 @@ def failed(*arguments: str, url: str | None = None) -> str:
 
 def test_submit_status_and_fetch(server: Server, tmp_path: Path) -> None:
     solvers = ["--solver", "greedy", "--solver", "branch-and-bound", "--solver-option", "greedy.direction=backward"]
-    options = [*solvers, "--ratio", "0.6", "--readout", "none", "--name", "nightly", "--wait"]
+    options = [*solvers, "--ratio", "0.6", "--budget", "uniform", "--readout", "none", "--name", "nightly", "--wait"]
     done = command("submit", str(HEADS), *options, "-f", "json", url=server.url)
     assert done.returncode == 0, done.stderr
     records = json.loads(done.stdout)["records"]
@@ -64,6 +64,22 @@ def test_submit_status_and_fetch(server: Server, tmp_path: Path) -> None:
     assert load_mask(tmp_path / "g").solver["options"]["direction"] == "backward"
 
 
+def test_methods_and_budgets(server: Server, tmp_path: Path) -> None:
+    budgets = ("--ratio", "0.5", "--budget-bytes", "2304")
+    line = ("submit", str(HEADS), "--solver", "greedy", "--wait", "-f", "json", *budgets)
+    done = command(*line, "--method", "grace", "--method-option", "align=8", url=server.url)
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)["records"]
+    assert [(r["ratio"], r["budget_bytes"], r["prune"]) for r in records[::12]] == [(0.5, None, 32), (None, 2304.0, 32)]
+    number = done.stderr.partition("run ")[2].partition(":")[0]
+    assert "ratio 0.5, 2304 bytes a token" in command("status", "-f", "json", url=server.url).stdout
+    fetch = ("fetch", number, "-o", str(tmp_path / "mask"))
+    assert "choose one with --ratio or --budget-bytes" in failed(*fetch, url=server.url)
+    done = command(*fetch, "--budget-bytes", "2304", url=server.url)
+    assert "mask of greedy at 2304 bytes a token" in done.stderr
+    assert load_mask(tmp_path / "mask").align == 8
+
+
 def test_a_repeated_submission_is_the_same_run(server: Server) -> None:
     line = ("submit", str(HEADS), "--solver", "greedy", "--ratio", "0.3", "--idempotency-key", "build-17", "--wait")
     first, again = (command(*line, url=server.url) for _ in range(2))
@@ -79,8 +95,13 @@ def test_bad_input_is_one_sentence(server: Server, tmp_path: Path) -> None:
     assert "not a safetensors file" in failed("submit", str(tmp_path / "text"), *run, url=server.url)
     assert "cannot read" in failed("submit", str(tmp_path / "none"), *run, url=server.url)
     assert "did you mean" in failed("submit", str(HEADS), "--solver", "greedo", "--ratio", "0.5", url=server.url)
-    assert "less than 1" in failed("submit", str(HEADS), "--solver", "greedy", "--ratio", "2", url=server.url)
+    assert "below 1, got 2" in failed("submit", str(HEADS), "--solver", "greedy", "--ratio", "2", url=server.url)
     assert "there is no run 999" in failed("status", "999", url=server.url)
+    assert "unknown method 'grase'" in failed("submit", str(HEADS), *run, "--method", "grase", url=server.url)
+    assert "give --ratio or --budget-bytes" in failed("submit", str(HEADS), *run[:2], url=server.url)
+    assert "floor has no effect" in failed(
+        "submit", str(HEADS), *run, "--budget", "uniform", "--floor", "2", url=server.url
+    )
     assert "give its id" in failed("status", "--wait", url=server.url)
     assert "there is no run 999" in failed("fetch", "999", "-o", str(tmp_path / "m"), url=server.url)
     assert "grace-opt serve" in failed("status", url=f"http://127.0.0.1:{free_port()}")

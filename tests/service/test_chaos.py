@@ -18,6 +18,7 @@ from tests.support.serving import Server, many_heads, serving
 
 HEADS, RATIO = 90, 0.6
 SOLVERS: dict[str, dict[str, Any]] = {"local-search": {"rounds": 1500}}  # some tenths of a second a head
+UNIFORM = {"budget": "uniform", "protection": "default"}  # what `GraphBundle.problems` does
 CHANGING = ("timing_ns", "trace")
 
 
@@ -27,7 +28,7 @@ def test_the_records_equal_those_of_an_undisturbed_run(tmp_path: Path, storage: 
     rng = random.Random(7)
     targets = rng.sample(["server", "worker"], counts=[kills * 2 // 5, kills - kills * 2 // 5], k=kills)
     with serving(tmp_path / "data", storage, "--workers", "2") as (server, client):
-        run = client.submit(client.upload(bundle).digest, SOLVERS, [RATIO])
+        run = client.submit(client.upload(bundle).digest, SOLVERS, [RATIO], method_options=UNIFORM)
         while targets and client.run(run.id).state in UNFINISHED:
             time.sleep(rng.uniform(0.1, 0.9))
             if kill(server, targets[-1], rng):

@@ -24,6 +24,9 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from grace_opt import InputError, load_mask
+from grace_opt.compression.apply import problems_of
+from grace_opt.compression.budget import Budget
+from grace_opt.compression.method import method
 from grace_opt.graphs import load_bundle, save_bundle
 from grace_opt.service.client import Client
 from grace_opt.service.http.access import Rates, new_key
@@ -173,6 +176,88 @@ def test_a_run_from_submission_to_mask(setting: Setting, tmp_path: Path) -> None
     assert set(mask.key_keep[0][0].tolist()) == set(range(64)) - set(best["pruned"])
 
 
+def test_a_run_takes_the_default_method_unless_told_otherwise(setting: Setting, tmp_path: Path) -> None:
+    assert setting.submit(method_options={}).json()["request"]["method"] == "grace-opt"
+    assert setting.wait(1)["state"] == "complete"
+    records = setting.http.get("/api/runs/1/records").json()["records"]
+    prunes = [record["prune"] for record in records]
+    assert len(set(prunes)) > 1  # the heads share the budget
+    assert sum(prunes) == 12 * 32
+    expected = problems_of(load_bundle(HEADS), method("grace-opt"), Budget(0.5, 0.5))
+    assert [(record["problem"], record["prune"]) for record in records] == [(p.name, p.prune) for p in expected]
+    config = {"readout": "none", "sinks": 7}
+    think = setting.submit(method="think", method_options={"align": 8, "recent_window": 9}, ratios=[0.6], config=config)
+    assert setting.wait(think.json()["id"])["state"] == "complete"
+    assert {r["prune"] for r in setting.http.get("/api/runs/2/records").json()["records"]} == {32}
+    with Client(setting.url) as client:
+        for run, folder in ((1, "shared"), (2, "think")):
+            client.fetch(client.masks(run)[0], tmp_path / folder)
+    shared, think_mask = load_mask(tmp_path / "shared"), load_mask(tmp_path / "think")
+    assert shared.solver["method"] == method("grace-opt").options()
+    assert think_mask.align == 8
+    assert {(layer.windows.sinks, layer.windows.recent_window) for layer in think_mask.plan} == {(7, 9)}
+    assert {layer.windows.sinks for layer in shared.plan} == {int(load_bundle(HEADS).metadata.get("sinks", 4))}
+
+
+def test_budgets_of_values_and_in_bytes(setting: Setting) -> None:
+    bundle = load_bundle(HEADS)
+    values = [type(head)(head.layer, head.kv_head, "value", head.weights) for head in bundle.heads]
+    path = setting.storage.folder / "bundles" / "values.safetensors"
+    save_bundle(type(bundle)((*bundle.heads, *values), bundle.metadata), path)
+    digest = setting.http.post("/api/bundles/register", json={"path": path.name}).json()["digest"]
+    ratios = setting.wait(setting.submit(bundle=digest, ratios=[0.5, 0.25], value_ratio=0.25).json()["id"])
+    layers = len({head.layer for head in bundle.heads})
+    whole = layers * 3 * 2 * 64 * 2  # bytes of a token's keys and values at 16 bits
+    asked: dict[str, Any] = {"ratios": [], "budget_bytes": [whole / 2, 1000.0 * whole], "method_options": {}}
+    sizes = setting.wait(setting.submit(bundle=digest, **asked).json()["id"])
+    assert [
+        (row["ratio"], row["value_ratio"], row["budget_bytes"]) for row in ratios["summary"] + sizes["summary"]
+    ] == [
+        (0.5, 0.25, None),
+        (0.25, 0.25, None),
+        (None, None, whole / 2),
+        (None, None, 1000.0 * whole),
+    ]
+    for query, prunes in (
+        ("ratio=0.5", {"key": 32, "value": 16}),
+        ("ratio=0.25&value_ratio=0.25", {"key": 16, "value": 16}),
+    ):
+        records = setting.http.get(f"/api/runs/1/records?{query}&limit=100").json()["records"]
+        assert len(records) == 24
+        assert all(record["prune"] == prunes[record["problem"].rpartition(".")[2]] for record in records)
+    records = setting.http.get(f"/api/runs/2/records?budget_bytes={whole / 2}&limit=100").json()["records"]
+    assert sum(2 * (record["n"] - record["prune"]) for record in records) <= whole / 2
+    assert {record["prune"] for record in setting.storage.records.all(2, budget=f"{1000 * whole}B")} == {0}
+    masks = [setting.http.get(f"/api/runs/{run}/masks").json() for run in (1, 2)]
+    assert [(mask["ratio"], mask["value_ratio"], mask["budget_bytes"]) for of in masks for mask in of] == [
+        (0.25, 0.25, None),
+        (0.5, 0.25, None),
+        (None, None, whole / 2),
+        (None, None, 1000.0 * whole),
+    ]
+    again = setting.wait(setting.submit(bundle=digest, ratios=[0.25]).json()["id"])  # values as keys: the same problems
+    assert again["reused"] == 24
+    found = setting.http.get("/api/compare?run=1&run=2").json()
+    assert (found["differences"], len(found["summary"])) == ([], 4)
+    for path_of in (
+        "/runs/2",
+        f"/runs/2/heads/{records[0]['problem']}?budget_bytes={whole / 2}",
+        "/compare?run=1&run=2",
+    ):
+        page = setting.http.get(path_of, headers={"Accept": "text/html"})
+        assert page.status_code == 200
+        assert f"{whole // 2} bytes" in page.text
+    drawn = setting.http.get(f"/runs/2/heads/{records[0]['problem']}/report.json?budget_bytes={whole / 2}").json()
+    assert drawn["sets"][0]["sizes"] == [[64, records[0]["prune"]]]
+    assert [each["budget"] for each in setting.http.get("/runs/1/report.json").json()["sets"]] == [
+        "ratios 0.5 and 0.25",
+        "ratios 0.25 and 0.25",
+    ]
+    left, right = "1:0.5,0.25:greedy", f"2:{whole // 2}B:greedy"
+    channels = setting.http.get("/compare/channels.json", params={"left": left, "right": right}).json()
+    assert len(channels["heads"]) == 24
+
+
 def test_what_was_solved_once_is_served_from_the_store(setting: Setting) -> None:
     setting.wait(setting.submit().json()["id"])
     setting.cluster.gate.clear()  # nothing is solved from here on
@@ -262,11 +347,23 @@ BAD_RUNS: list[tuple[dict[str, Any], int, str]] = [
     ({"solvers": [{"solver": "greedy", "options": {"colour": 1}}]}, 422, "no option 'colour'"),
     ({"solvers": [{"solver": "greedy", "options": {"direction": "up"}}]}, 422, "direction"),
     ({"ratios": [1.0]}, 422, "less than 1"),
-    ({"ratios": [0.99]}, 422, "lower the ratio"),
+    ({"ratios": [0.99], "config": {"protect": True}}, 422, "lower the ratio"),
     ({"limits": {"time_limit": -1}}, 422, "time_limit"),
     ({"limits": {"threads": 0}}, 422, "threads"),
     ({"limits": {"time": 1}}, 422, "time"),
     ({"config": {"readout": "maybe"}}, 422, "readout"),
+    ({"method": "grace-op"}, 422, "unknown method 'grace-op'; did you mean 'grace-opt'?"),
+    ({"method": "streaming", "method_options": {}}, 422, "selects no channels"),
+    ({"method_options": {"buget": "uniform"}}, 422, "has no option 'buget'; did you mean 'budget'?"),
+    ({"method_options": {"budget": "equal"}}, 422, "budget"),
+    ({"method_options": {"align": 0}}, 422, "align must be at least 1"),
+    ({"method_options": {"objective": "logit"}}, 422, "objective is for prompts"),
+    ({"method_options": {"sinks": 4}, "config": {"sinks": 4}}, 422, "config.sinks and the method's option sinks"),
+    ({"method": "think", "config": {"readout": "static"}}, 422, "no read-out that could be static"),
+    ({"ratios": []}, 422, "give ratios or budget_bytes"),
+    ({"ratios": [], "budget_bytes": [4000], "value_ratio": 0.5}, 422, "value_ratio goes with ratios"),
+    ({"value_ratio": 0.5}, 422, "no graphs of values"),
+    ({"ratios": [], "budget_bytes": [1]}, 422, "bytes"),
 ]
 
 
@@ -385,7 +482,7 @@ def test_a_full_disk_is_said_and_nothing_is_changed(setting: Setting, monkeypatc
     def full_mask(*_: Any) -> None:
         raise InputError("cannot write kv_mask.json: No space left on device") from OSError(errno.ENOSPC, "No space")
 
-    monkeypatch.setattr("grace_opt.service.masks.save_mask", full_mask)
+    monkeypatch.setattr("grace_opt.compression.mask_file.save_mask", full_mask)
     run = setting.submit().json()["id"]  # its masks cannot be written; it waits
     for _ in range(100):
         if setting.http.get("/healthz").status_code == 503:

@@ -78,7 +78,9 @@ class Setting:
         return self.http.post("/api/bundles", params=query, content=content, headers=OCTETS)
 
     def submit(self, headers: dict[str, str] | None = None, **changes: Any) -> Any:
-        body = {"bundle": DIGEST, "solvers": [{"solver": "greedy"}], "ratios": [0.5], **changes}
+        """Submit a run: at ratio 0.5, the same for every head, unless ``changes`` say otherwise."""
+        uniform = {"method_options": {"budget": "uniform"}, "ratios": [0.5]}
+        body = {"bundle": DIGEST, "solvers": [{"solver": "greedy"}], **uniform, **changes}
         return self.http.post("/api/runs", json=body, headers=headers)
 
     def wait(self, run: int) -> Any:

@@ -114,7 +114,7 @@ function drawSummary() {
 }
 
 // The service has a page for each head; an offline report has not.
-const headAddress = (set, head) => data.head_pages && `${data.head_pages}${encodeURIComponent(head)}?ratio=${set.ratio}`;
+const headAddress = (set, head) => data.head_pages && `${data.head_pages}${encodeURIComponent(head)}?${new URLSearchParams(set.query)}`;
 
 function drawRecords() {
   const set = currentSet();

@@ -48,6 +48,8 @@ def _files(media_type: str) -> dict[int | str, dict[str, Any]]:
 
 LimitQuery = Annotated[int, Query(ge=1, le=1000, description="how many at most")]
 OffsetQuery = Annotated[int, Query(ge=0, le=2**31, description="how many to leave out")]
+RatioQuery = Annotated[float | None, Query(ge=0, lt=1)]
+BytesQuery = Annotated[float | None, Query(gt=0, le=1e300)]
 RunId = Annotated[int, schemas.Field(ge=1, lt=2**63)]
 
 
@@ -202,7 +204,9 @@ def list_records(
     service: Here,
     _: Read,
     solver: Annotated[schemas.Text | None, Query(max_length=100)] = None,
-    ratio: Annotated[float | None, Query(ge=0, lt=1)] = None,
+    ratio: RatioQuery = None,
+    value_ratio: RatioQuery = None,
+    budget_bytes: BytesQuery = None,
     status: Status | None = None,
     problem: Annotated[schemas.Text | None, Query(max_length=200)] = None,
     sort: schemas.Sort = "id",
@@ -221,6 +225,8 @@ def list_records(
         descending=descending,
         solver=solver,
         ratio=ratio,
+        value_ratio=value_ratio,
+        budget_bytes=budget_bytes,
         status=status,
         problem=problem,
     )
@@ -258,7 +264,7 @@ async def watch_run(
 
 @router.get("/runs/{run}/masks", response_model=list[schemas.Mask], responses=responses(404))
 def list_masks(run: RunId, service: Here, _: Read) -> Any:
-    """The masks of a run: one for each ratio and solver that has a selection for every head."""
+    """The masks of a run: one for each budget and solver that has a selection for every head."""
     existing(service, run)
     return service.storage.masks.of(run)
 

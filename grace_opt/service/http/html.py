@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, urlencode
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
@@ -15,14 +16,27 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from grace_opt.compare import summarise, with_references
+from grace_opt.compression.method import METHODS
+from grace_opt.records import budget_name, budget_of, budget_words
 from grace_opt.reports.report import page_sections, report_data
 from grace_opt.service.db.database import Row
 from grace_opt.service.db.tables import UNFINISHED, State
 from grace_opt.service.http.access import COOKIE, SCOPES, Caller, needs
-from grace_opt.service.http.api import Here, LimitQuery, OffsetQuery, Read, RunId, existing, solver_table
+from grace_opt.service.http.api import (
+    BytesQuery,
+    Here,
+    LimitQuery,
+    OffsetQuery,
+    RatioQuery,
+    Read,
+    RunId,
+    existing,
+    solver_table,
+)
 from grace_opt.service.http.failures import RefusedError
 from grace_opt.service.http.state import Service
-from grace_opt.service.plan import bundle_of
+from grace_opt.service.plan import bundle_of, method_of
+from grace_opt.service.schemas import RunRequest
 
 router = APIRouter(include_in_schema=False)
 
@@ -30,6 +44,12 @@ PICTURES_OF_RUN = ("summary", "distance", "profile", "map", "kept", "time", "rec
 PICTURES_OF_HEAD = ("graph", "incumbent", "time", "records")
 
 Reader = Annotated[Caller, Depends(needs("read"))]
+
+
+def budgets_in_words(request: Row) -> str:
+    """The budgets of a run."""
+    return ", ".join(map(budget_words, RunRequest.model_construct(**request).budgets))
+
 
 templates = Environment(
     loader=PackageLoader("grace_opt", "service/http/templates"),
@@ -40,6 +60,11 @@ templates = Environment(
 )
 templates.filters["percent"] = lambda value: "\N{EN DASH}" if value is None else f"{100 * value:.4g} %"
 templates.filters["path"] = lambda text: quote(text, safe="")
+templates.filters["budget"] = budget_words
+templates.filters["budgets"] = budgets_in_words
+templates.filters["query"] = lambda budget: urlencode(
+    {name: value for name, value in budget.items() if value is not None}
+)
 
 
 def rendered(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
@@ -85,6 +110,7 @@ def runs_page(
         states=list(State),
         bundles=bundles,
         solvers=solver_table(),
+        methods=[name for name, method in METHODS.items() if method.codec == "channels"],
         may_submit=SCOPES.index(caller.scope) >= SCOPES.index("submit"),
     )
 
@@ -126,35 +152,55 @@ def _run_report(service: Service, run: int) -> bytes:
 
 @router.get("/runs/{run}/heads/{problem}")
 def head_page(
-    request: Request, run: RunId, problem: str, service: Here, _: Read, ratio: Annotated[float | None, Query()] = None
+    request: Request,
+    run: RunId,
+    problem: str,
+    service: Here,
+    _: Read,
+    ratio: RatioQuery = None,
+    value_ratio: RatioQuery = None,
+    budget_bytes: BytesQuery = None,
 ) -> Response:
     """A head of a run: its channel graph, incumbent and bound over time, records."""
     row = existing(service, run)
     records = service.storage.records.all(run, problem=problem)
-    ratios = sorted({record["ratio"] for record in records})
-    if not records or (ratio is not None and ratio not in ratios):
-        raise RefusedError(404, f"run {run} has no record of a head {problem!r}{'' if ratio is None else ' there'}")
+    budgets = list({budget_name(record): budget_of(record) for record in records}.values())
+    asked = budget_of({"ratio": ratio, "value_ratio": value_ratio, "budget_bytes": budget_bytes})
+    nothing = not any(value is not None for value in asked.values())
+    if not records or not (nothing or asked in budgets):
+        raise RefusedError(404, f"run {run} has no record of a head {problem!r}{'' if nothing else ' there'}")
     return rendered(
         request,
         "head.html",
         run=row,
         problem=problem,
-        ratios=ratios,
-        ratio=ratios[0] if ratio is None else ratio,
+        budgets=budgets,
+        budget=budgets[0] if nothing else asked,
         sections=Markup(page_sections(*PICTURES_OF_HEAD)),
     )
 
 
 @router.get("/runs/{run}/heads/{problem}/report.json")
-def head_report(run: RunId, problem: str, ratio: float, service: Here, _: Read) -> Response:
+def head_report(
+    run: RunId,
+    problem: str,
+    service: Here,
+    _: Read,
+    ratio: RatioQuery = None,
+    value_ratio: RatioQuery = None,
+    budget_bytes: BytesQuery = None,
+) -> Response:
     """What a head's page draws."""
     row = existing(service, run)
-    records = _referenced(service.storage.records.all(run, problem=problem, ratio=ratio))
+    budget = {"ratio": ratio, "value_ratio": value_ratio, "budget_bytes": budget_bytes}
+    records = _referenced(service.storage.records.all(run, problem=problem, **budget))
     if not records:
-        raise RefusedError(404, f"run {run} has no record of a head {problem!r} at ratio {ratio}")
+        raise RefusedError(404, f"run {run} has no record of a head {problem!r} there")
     graphs = bundle_of(service.storage.blobs, row["bundle"])
-    made = graphs.problems(ratio, protect=row["request"]["config"]["protect"])
-    found = {(row["bundle"], each.name): each for each in made if each.name == problem}
+    made = graphs.problems(0.0, protect=method_of(row["request"]).selection.protection is not None)
+    found = {
+        (row["bundle"], each.name): replace(each, prune=records[0]["prune"]) for each in made if each.name == problem
+    }
     return Response(_drawn(run, records, summarise(records), found, 1), media_type="application/json")
 
 
@@ -173,7 +219,7 @@ def compare_page(
 def compared_channels(
     service: Here, _: Read, left: Annotated[str, Query(max_length=200)], right: Annotated[str, Query(max_length=200)]
 ) -> Response:
-    """What two selections of all heads prune; each is named RUN:RATIO:SOLVER."""
+    """What two selections of all heads prune; each is named RUN:BUDGET:SOLVER."""
     sides = [_selection(service, each) for each in (left, right)]
     heads = [head for head in sides[0] if head in sides[1]]
     return JSONResponse({"heads": heads, "pruned": [[side[head] for head in heads] for side in sides]})
@@ -181,11 +227,11 @@ def compared_channels(
 
 def _selection(service: Service, name: str) -> dict[str, list[int] | None]:
     run, _, rest = name.partition(":")
-    ratio, _, solver = rest.partition(":")
+    budget, _, solver = rest.partition(":")
     try:
-        records = service.storage.records.all(existing(service, int(run))["id"], ratio=float(ratio), solver=solver)
+        records = service.storage.records.all(existing(service, int(run))["id"], budget=budget, solver=solver)
     except (ValueError, OverflowError):
-        raise RefusedError(422, f"a selection is named RUN:RATIO:SOLVER, not {name!r}") from None
+        raise RefusedError(422, f"a selection is named RUN:BUDGET:SOLVER, not {name!r}") from None
     return {record["problem"]: record["pruned"] for record in records}
 
 

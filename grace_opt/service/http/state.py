@@ -13,6 +13,7 @@ from grace_opt.engines.dask import Cluster
 from grace_opt.errors import InputError
 from grace_opt.files import file_sha256
 from grace_opt.graphs import load_bundle
+from grace_opt.records import budget_name, budget_of
 from grace_opt.service.db.database import Row
 from grace_opt.service.db.storage import Storage
 from grace_opt.service.http.access import Access
@@ -90,7 +91,7 @@ class Service:
         found = [self.storage.records.all(run["id"]) for run in runs]
         known = [record for records in found for record in records]
         found = [with_references(records, known, {}) for records in found]  # the best that any of the runs knows
-        tables = [{(r["ratio"], r["solver"], r["problem"]): r for r in records} for records in found]
+        tables = [{(budget_name(r), r["solver"], r["problem"]): r for r in records} for records in found]
         shared = [key for key in tables[0] if all(key in table for table in tables[1:])]
         differences = []
         for key in shared:
@@ -99,9 +100,9 @@ class Service:
             common = len(set.intersection(*pruned)) if len(pruned) == len(records) else None
             differences.append(
                 {
-                    "ratio": key[0],
-                    "solver": key[1],
-                    "problem": key[2],
+                    **budget_of(records[0]),
+                    "solver": records[0]["solver"],
+                    "problem": records[0]["problem"],
                     "prune": [record["prune"] for record in records],
                     "objective": [record["objective"] for record in records],
                     "pruned_by_all": common,

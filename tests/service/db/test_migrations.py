@@ -15,6 +15,8 @@ from sqlalchemy import Connection, MetaData
 from grace_opt.service.db import migrations
 from grace_opt.service.db.storage import Storage, opened
 from grace_opt.service.db.tables import Table
+from grace_opt.service.plan import method_of, windows_of
+from grace_opt.service.schemas import RunLimits, RunRequest
 
 BUNDLE, TIME = "a" * 64, "2026-01-31T12:00:00+00:00"
 REQUEST: dict[str, Any] = {
@@ -76,5 +78,17 @@ def test_what_the_first_version_wrote_is_still_there(tmp_path: Path, storage: st
             ("0", 0.0, None),
             ("0.5", 0.5, None),
         ]
+        request = found.runs.find(7)["request"]  # type: ignore[index]
+        assert {name: request[name] for name in REQUEST} == REQUEST
+        assert RunRequest.model_validate(request).model_dump() == {
+            **request,
+            "limits": RunLimits(**REQUEST["limits"]).model_dump(),
+        }
+        method = method_of(request)  # as it was before there were methods
+        assert (method.sharing.budget, method.sharing.rounding, method.sharing.align) == ("uniform", "floor", 1)
+        assert (method.selection.protection, method.windows.generated) == (None, "prune")
+        assert windows_of(request) == {"sinks": 7}
+        protected = {**request, "config": {**REQUEST["config"], "protect": True}}
+        assert method_of(protected).selection.protection is not None
         found.runs.delete(7)
         assert found.records.page(7)[1] == len(found.masks.of(7)) == 0

@@ -102,6 +102,7 @@ def test_the_list_of_runs(visit: Open, setting: Setting, scheme: str) -> None:
 def test_a_run_is_submitted_and_watched(visit: Open, setting: Setting) -> None:
     page = visit("/")
     setting.cluster.gate.clear()
+    page.get_by_label("Method").select_option("think")
     page.get_by_label("Ratios").fill("0.3, 0.5")
     page.get_by_label("Name").fill("from the form")
     page.get_by_role("button", name="Submit").click()
@@ -271,6 +272,10 @@ def test_four_hundred_heads_by_eight_solvers(visit: Open, setting: Setting) -> N
         "solvers": [],
         "ratios": [0.6],
         "limits": {},
+        "method": "grace-opt",
+        "method_options": {},
+        "value_ratio": None,
+        "budget_bytes": [],
         "config": {"protect": True},
         "name": "big",
     }

@@ -7,12 +7,18 @@ async function asked(address) {
   return body;
 }
 
+// As `budget_words` of grace_opt.records says it.
+function budgetOf(row) {
+  if (!isMissing(row.budget_bytes)) return `${row.budget_bytes} bytes a token`;
+  return isMissing(row.value_ratio) ? `ratio ${row.ratio}` : `ratios ${row.ratio} and ${row.value_ratio}`;
+}
+
 async function drawTables() {
   const {runs, summary, differences} = await asked(byId("summary").dataset.address);
   const share = (title, name) => [title, (row) => row[name], percent, true];
-  table(byId("summary"), "A row for each run, ratio and solver.", [
+  table(byId("summary"), "A row for each run, budget and solver.", [
     ["Run", (row) => row.run, asText, true, (row) => `/runs/${row.run}`],
-    ["Ratio", (row) => row.ratio, number, true],
+    ["Budget", budgetOf, asText, false],
     ["Solver", (row) => row.solver, asText, false],
     ["Heads", (row) => row.heads, asText, true],
     share("Mean over best known", "over_best_mean"),
@@ -23,11 +29,11 @@ async function drawTables() {
   ], summary, 50);
   const objectives = runs.map((run, i) => [`Objective, run ${run.id}`, (row) => row.objective[i], number, true]);
   if (differences.length === 0) {
-    byId("differences").append(element("p", {}, "The runs have no ratio, solver and head in common."));
+    byId("differences").append(element("p", {}, "The runs have no budget, solver and head in common."));
     return;
   }
-  table(byId("differences"), "The heads that all runs have, by ratio and solver.", [
-    ["Head", (row) => row.problem, asText, false], ["Ratio", (row) => row.ratio, number, true], ["Solver", (row) => row.solver, asText, false],
+  table(byId("differences"), "The heads that all runs have, by budget and solver.", [
+    ["Head", (row) => row.problem, asText, false], ["Budget", budgetOf, asText, false], ["Solver", (row) => row.solver, asText, false],
     ...objectives,
     ["Pruned by all", (row) => row.pruned_by_all, asText, true],
     ["Of", (row) => Math.min(...row.prune), asText, true],

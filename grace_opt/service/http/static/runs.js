@@ -50,6 +50,8 @@ document.addEventListener("click", async (event) => {
   }
 });
 
+const numbers = (text) => text.split(",").map((part) => part.trim()).filter(Boolean).map(Number);
+
 const form = document.getElementById("new-run");
 if (form) form.addEventListener("submit", async (event) => {
   event.preventDefault();
@@ -66,7 +68,7 @@ if (form) form.addEventListener("submit", async (event) => {
       method: "POST", headers: {"Content-Type": "application/json"},
       body: JSON.stringify({
         bundle, name: fields.get("name"), solvers: fields.getAll("solver").map((solver) => ({solver})),
-        ratios: fields.get("ratios").split(",").map((text) => Number(text.trim())), limits: limit ? {time_limit: Number(limit)} : {},
+        method: fields.get("method"), ratios: numbers(fields.get("ratios")), budget_bytes: numbers(fields.get("budget_bytes")), limits: limit ? {time_limit: Number(limit)} : {},
       }),
     });
     location.href = `/runs/${run.id}`;
