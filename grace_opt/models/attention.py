@@ -27,7 +27,7 @@ _HARMLESS = ("position_ids", "cache_position")  # tensors that only say where th
 # A context variable, not a module global: two threads may run two models at once.
 _function: ContextVar[Callable[..., Any]] = ContextVar("grace_opt_attention_function")
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the garbage collector may take something back in the middle of a switch
 _switched: WeakKeyDictionary[Any, list[tuple[object, str]]] = WeakKeyDictionary()  # who asked for what
 _before: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # model -> what it had before the first
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import grace_opt.runtime
-from grace_opt import InputError, KVMask
+from grace_opt import InputError
 from grace_opt.runtime.cache import PrunedCache
 from grace_opt.runtime.layer import PrunedLayer
 from tests.support.families import FAMILIES, tiny_model
@@ -30,9 +31,15 @@ def test_generation_equals_the_zero_channel_reference(family: str, recent_window
 @pytest.mark.parametrize("readout", ["none", "static"])
 @pytest.mark.parametrize("sinks", [0, 1, 4, 30])
 @pytest.mark.parametrize("recent_window", [0, 1, 6, 500])
-def test_sinks_beams_and_chunks(recent_window: int, sinks: int, readout: str, more: dict[str, int]) -> None:
+@pytest.mark.parametrize("generated", ["prune", "keep"])
+def test_sinks_beams_and_chunks(
+    generated: str, recent_window: int, sinks: int, readout: str, more: dict[str, int]
+) -> None:
     model = tiny_model("Llama")
-    compare(model, random_mask(model, 7, recent_window=recent_window, sinks=sinks, readout=readout), **more)
+    mask = random_mask(
+        model, 7, recent_window=recent_window, sinks=sinks, readout=readout, values=9, generated=generated
+    )
+    compare(model, mask, **more)
 
 
 @given(
@@ -41,13 +48,14 @@ def test_sinks_beams_and_chunks(recent_window: int, sinks: int, readout: str, mo
     kept=st.integers(0, 16),
     chunks=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     padding=st.lists(st.integers(0, 4), min_size=2, max_size=2),
+    generated=st.sampled_from(["keep", "prune"]),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_sequence_of_updates(
-    recent_window: int, sinks: int, kept: int, chunks: list[int], padding: list[int]
+    recent_window: int, sinks: int, kept: int, chunks: list[int], padding: list[int], generated: str
 ) -> None:
     model = tiny_model("Qwen2")
-    mask = random_mask(model, kept, recent_window=recent_window, sinks=sinks)
+    mask = random_mask(model, kept, recent_window=recent_window, sinks=sinks, generated=generated)
     total = sum(chunks)
     ids = torch.randint(3, 99, (2, total), generator=torch.Generator().manual_seed(total))
     attended = torch.ones_like(ids)
@@ -134,8 +142,9 @@ def test_bytes_are_those_of_what_must_be_kept(tokens: int, recent_window: int, s
     whole = min(tokens, recent_window) + sinks
     spare = min(tokens - whole + sinks, recent_window, 32)  # so that as many tokens can be taken back
     kept, rows = 2 * 2 * 2 * tokens * (6 + 16), 2 * 2 * 2 * 10  # rows, layers, heads; dk + Dv; D - dk
+    order = 2 * 2 * 16 * 2  # of the channels, in 8 bytes each
     assert past.get_seq_length() == tokens
-    assert kept + (whole + spare) * rows <= past.nbytes / 4 <= kept * 1.008 + (whole + spare) * rows + 8
+    assert kept + (whole + spare) * rows <= past.nbytes / 4 <= kept * 1.008 + (whole + spare) * rows + order + 8
     assert past.nbytes / 4 <= (kept + whole * rows) * 1.02
     assert grace_opt.runtime.full_cache_nbytes(past) == 2 * 2 * 2 * tokens * 32 * 4
 
@@ -241,13 +250,8 @@ def test_a_switched_attention_function_is_a_sentence_not_a_wrong_number() -> Non
 def test_what_the_runtime_cannot_do_yet_is_said() -> None:
     model = tiny_model("Llama")
     mask = random_mask(model, 6, recent_window=3, sinks=0)
-    fields = {name: getattr(mask, name) for name in mask.__dataclass_fields__}
-    for change, message in (
-        ({"readout_scope": "static"}, "static read-out layers.0.k.kv_heads.0.readout is missing"),
-        ({"prefill": "pruned"}, "pruned prefill"),
-    ):
-        with pytest.raises(InputError, match=message):
-            grace_opt.runtime.cache(KVMask(**{**fields, **change}), model)
+    with pytest.raises(InputError, match="pruned prefill"):
+        grace_opt.runtime.cache(replace(mask, prefill="pruned"), model)
     mixed = tiny_model("Gemma3Text")
     whole = random_mask(tiny_model("Llama"), 6, recent_window=3, sinks=0)
     with pytest.raises(InputError, match="layer 0 of this model needs a DynamicSlidingWindowLayer"):
@@ -276,5 +280,5 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
         grace_opt.runtime.cache(mask, tiny_model("Gemma"))
     with pytest.raises(InputError, match="has a layer 1, and the model has 1"):
         grace_opt.runtime.cache(mask, tiny_model("Llama", num_hidden_layers=1))
-    with pytest.raises(InputError, match="2 KV heads of 16 channels in layer 0, the model has 4 of 16"):
+    with pytest.raises(InputError, match="2 KV heads of 16 key channels in layer 0, the model has 4 of 16"):
         run(model4 := tiny_model("Llama", num_key_value_heads=4), grace_opt.runtime.cache(mask, model4))

@@ -10,6 +10,7 @@ import torch
 
 import grace_opt.runtime
 from grace_opt import KVMask
+from grace_opt.compression.readout import Readout, ReadoutRecipe
 from grace_opt.runtime.cache import PrunedCache
 from tests.support.reference import use_zero_channel_attention
 
@@ -24,6 +25,7 @@ def random_mask(
     readout: str = "none",
     ragged: bool = False,
     values: int | None = None,
+    generated: Any = "prune",
 ) -> KVMask:
     """A mask of ``kept`` random key channels (and ``values`` value channels) in every full-attention layer of a tiny
     model; a static read-out is random.
@@ -43,14 +45,13 @@ def random_mask(
                     np.sort(rng.choice(dim, count + (ragged and head % 2), replace=False)).astype(np.int32)
                     for head in range(heads)
                 )
-    extra = {}
+    readouts: dict[Any, Readout] = {}
     for letter, keep in keeps.items():
         for layer, head in product(keep if readout == "static" else (), range(heads)):
-            name = f"layers.{layer}.{letter}.kv_heads.{head}.readout"
             width = len(keep[layer][head])
-            extra[f"{name}.matrix"] = 0.3 * rng.normal(size=(dim - width, width)).astype(np.float32)
-            extra[f"{name}.constant"] = rng.normal(size=dim - width).astype(np.float32)
-    return KVMask(
+            matrix = 0.3 * rng.normal(size=(dim - width, width))
+            readouts["key" if letter == "k" else "value", layer, head] = Readout(rng.normal(size=dim - width), matrix)
+    return KVMask.of_channels(
         "tiny",
         heads,
         dim,
@@ -59,8 +60,9 @@ def random_mask(
         num_hidden_layers=config.num_hidden_layers,
         recent_window=recent_window,
         sinks=sinks,
-        readout_scope=readout,
-        extra=extra,
+        generated=generated,
+        readout=ReadoutRecipe() if readout == "prefill" else None,
+        readouts=readouts,
     )
 
 

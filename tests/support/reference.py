@@ -9,8 +9,9 @@ import torch
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from grace_opt.compression.mask import KVMask
+from grace_opt.heads import Kind
+from grace_opt.models.attention import register
 from grace_opt.problem import SubsetProblem
-from grace_opt.runtime.attention import register
 
 NAME = "reference_zero_channels"
 
@@ -35,11 +36,14 @@ def use_zero_channel_attention(model: Any, mask: KVMask) -> None:
     read them by its static read-out.
 
     The query at slot t sees the key at slot s whole if both came in the same prompt or chunk, if
-    t - s < recent_window, or if s is among the row's first ``sinks`` real tokens. Everything by definition, with
+    t - s < recent_window, or if s is among the row's first ``sinks`` real tokens; where generated tokens are kept, also
+    if s is at least the prompt's length (of the first update) less recent_window. Everything by definition, with
     full-width tensors and a [B, n, T] table of which pairs are whole.
     """
+    windows = mask.windows
+    prompt: dict[int, int] = {}
 
-    def read(kind: str, layer: int, states: Any) -> Any:
+    def read(kind: Kind, layer: int, states: Any) -> Any:
         """Keys or values as pruned tokens are seen."""
         keeps = mask.key_keep if kind == "key" else mask.value_keep
         if layer not in keeps:
@@ -47,11 +51,10 @@ def use_zero_channel_attention(model: Any, mask: KVMask) -> None:
         out = torch.zeros_like(states)
         for head, kept in enumerate(keeps[layer]):
             out[:, head, :, kept] = states[:, head][..., kept]
-            if mask.readout_scope == "static":
+            if (static := mask.static_readout(kind, layer, head)) is not None:
                 dropped = np.setdiff1d(np.arange(states.shape[-1]), kept)
-                each = mask.static_readout(kind, layer, head)
                 matrix, constant = (
-                    torch.as_tensor(array, dtype=states.dtype) for array in (each.matrix, each.constant)
+                    torch.as_tensor(array, dtype=states.dtype) for array in (static.matrix, static.constant)
                 )
                 out[:, head, :, dropped] = states[:, head][..., kept] @ matrix.mT + constant
         return out
@@ -62,13 +65,18 @@ def use_zero_channel_attention(model: Any, mask: KVMask) -> None:
         rows, _, new, dim = query.shape
         tokens = key.shape[2]
         asked, stored = torch.arange(tokens - new, tokens)[:, None], torch.arange(tokens)
-        whole = ((asked - stored < mask.recent_window) | ((new > 1) & (stored >= tokens - new))).repeat(rows, 1, 1)
+        near = asked - stored < windows.recent_window
+        if new == tokens:
+            prompt[module.layer_idx] = tokens
+        if windows.generated == "keep":
+            near = near | (stored >= prompt[module.layer_idx] - windows.recent_window)
+        whole = (near | ((new > 1) & (stored >= tokens - new))).repeat(rows, 1, 1)
         if new == tokens:
             whole[:] = True
         visible = (stored <= asked).repeat(rows, 1, 1, 1) if attention_mask is None else attention_mask
         for row in range(rows):
             seen = visible[min(row, len(visible) - 1), 0, -1].nonzero()[:, 0]
-            whole[row, :, seen[: mask.sinks]] = True
+            whole[row, :, seen[: windows.sinks]] = True
         group = query.shape[1] // key.shape[1]
         if kwargs.get("sliding_window") is not None:
             whole[:] = True

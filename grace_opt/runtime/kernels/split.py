@@ -12,6 +12,8 @@ from grace_opt.runtime.kernels.contract import Request
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.side import Side
 
+INTERPRETED = False  # tests run the kernel on CPUs, in Triton's interpreter
+
 
 class TritonKernel:
     """Rows in floating point, or integers of 2, 4 or 8 bits of both sides; sinks and one window of whole tokens."""
@@ -29,7 +31,8 @@ class TritonKernel:
             return "it knows no whole tokens but sinks and the recent window"
         if layer.is_static and layer.keeps:
             return "its window ends at the last token, and a preallocated one that keeps generated tokens does not"
-        return triton.available(layer.first) or "it runs on cards of compute capability 8.0 or higher"
+        on_card = (layer.first.is_cuda or INTERPRETED) and triton.available(layer.first)
+        return on_card or "it runs on cards of compute capability 8.0 or higher"
 
     def takes(self, request: Request) -> bool | str:
         """True for one token of each row, outside of training, if the model did not change the values."""
