@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,22 +55,29 @@ def test_greedy_equals_the_plain_loop_on_every_head(bundle: GraphBundle) -> None
 
 
 @pytest.mark.parametrize(
-    ("recent_window", "sinks", "more"),
+    ("recent_window", "sinks", "generated", "more"),
     [
-        (0, 0, {}),
-        (1, 4, {}),
-        (32, 4, {}),
-        (32, 4, {"num_beams": 2}),
-        (32, 4, {"prefill_chunk_size": 100}),
-        (2000, 4, {}),
+        (0, 0, "prune", {}),
+        (1, 4, "prune", {}),
+        (32, 4, "keep", {}),
+        (32, 4, "prune", {"num_beams": 2}),
+        (32, 4, "prune", {"prefill_chunk_size": 100}),
+        (2000, 4, "keep", {}),
     ],
 )
 def test_logits_equal_the_zero_channel_reference(
-    smollm2: tuple[Any, Any], bundle: GraphBundle, prompt: Any, recent_window: int, sinks: int, more: dict[str, int]
+    smollm2: tuple[Any, Any],
+    bundle: GraphBundle,
+    prompt: Any,
+    recent_window: int,
+    sinks: int,
+    generated: Any,
+    more: dict[str, int],
 ) -> None:
     model, _ = smollm2
     solutions = solve_many(bundle.problems(0.5), "greedy")
-    mask = mask_from_solutions(bundle, solutions, recent_window=recent_window, sinks=sinks)
+    mask = mask_from_solutions(bundle, solutions, readout_scope="none", recent_window=recent_window, sinks=sinks)
+    mask = replace(mask, plan=mask.plan.changed(generated=generated))
 
     def run(past: Any) -> Any:
         return model.generate(
@@ -118,11 +126,10 @@ def test_greedy_masks_keep_the_model_closer_than_random_ones(
         layer: tuple(np.sort(rng.choice(64, 32, replace=False)).astype(np.int32) for _ in heads)
         for layer, heads in greedy.key_keep.items()
     }
-    fields = {name: getattr(greedy, name) for name in greedy.__dataclass_fields__}
-    random = grace_opt.KVMask(**{**fields, "key_keep": keep})
+    random = grace_opt.KVMask.of_channels("smollm2-135m", 3, 64, keep, generated="keep")
     full, tokens = forced(model, row, 16, None)
     divergence = {
-        name: float(kl_per_token(full.logits, forced(model, row, tokens, mask)[0].logits).mean())
+        name: float(kl_per_token(full.logits, forced(model, row, tokens, mask.plan)[0].logits).mean())
         for name, mask in (("greedy", greedy), ("random", random))
     }
     assert divergence["greedy"] < 0.2 * divergence["random"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,19 @@ class PrunedCache(Cache):
     """
 
     plan: CachePlan
+    _model: weakref.ref[Any]
     _release: Callable[[], object]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
+        copied = PrunedCache(layers=copy.deepcopy(self.layers, memo))
+        model = self._model()
+        if model is not None:
+            copied._use(self.plan, model)
+        return copied
+
+    def _use(self, plan: CachePlan, model: PreTrainedModel) -> None:
+        self.plan, self._model = plan, weakref.ref(model)
+        self._release = weakref.finalize(self, switch(model, NAME))
 
     def __enter__(self) -> Self:
         return self
@@ -154,8 +167,7 @@ def _assembled(model: PreTrainedModel, plan: CachePlan, max_length: int | None, 
         layers[index] = _layer(layer_plan, max_length)
         layers[index].offloading = offload
     past = PrunedCache(layers=layers)
-    past.plan = plan
-    past._release = weakref.finalize(past, switch(model, NAME))
+    past._use(plan, model)
     return past
 
 

@@ -157,6 +157,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self._prompt is not None
         return self._prompt
 
+    @property
+    def waits(self) -> bool:
+        """Whether the first update has come and was not stored yet."""
+        return self._prompt is not None
+
     def first_of(self, mask: Tensor | None) -> Tensor:
         """int64[B], where each row of the first update begins. Raises InputError for padding on the right."""
         tokens = self.prompt[0].shape[2]
@@ -178,6 +183,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         attention mask [B or 1, 1, n, T]: a row's first real token is the first that its last query may see. ``query``
         [B, Hq, m, D]: all of the prompt's, or the last of them. ``stay``: which tokens stay, if it is known already.
         """
+        if not self.waits:  # some models compute the attention of a layer in two parts
+            return
         first, rows = self.first_of(mask), []
         if self.plan.watches:
             rows = observed(self.plan, *self.prompt, query, scaling, first, output)

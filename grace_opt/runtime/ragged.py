@@ -72,6 +72,8 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def begin(self, query: Tensor, scaling: float, mask: Tensor | None, output: Output | None = None) -> None:
         """As of `PrunedLayer`; a token policy sees all heads of the layer."""
+        if not self.parts[0].waits:
+            return
         group = query.shape[1] // sum(map(len, self.heads))
         stay = self._staying(query, scaling, mask) if self.plan.tokens is not None else None
         for heads, part in zip(self.heads, self.parts, strict=True):

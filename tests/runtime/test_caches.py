@@ -44,14 +44,22 @@ def logits_of(
 
 @WAYS
 @STATIC
-@pytest.mark.parametrize("readout", ["none", "static"])
+@pytest.mark.parametrize(("readout", "generated"), [("none", "prune"), ("static", "prune"), ("static", "keep")])
 @pytest.mark.parametrize(("kept", "values"), [(None, 6), (7, 5)])
 @pytest.mark.parametrize(("recent_window", "sinks"), [(0, 3), (1, 0), (6, 4), (500, 2)])
 def test_values_too(
-    recent_window: int, sinks: int, kept: int | None, values: int, readout: str, static: bool, more: dict[str, int]
+    recent_window: int,
+    sinks: int,
+    kept: int | None,
+    values: int,
+    readout: str,
+    generated: str,
+    static: bool,
+    more: dict[str, int],
 ) -> None:
     model = tiny_model("Llama")
-    mask = random_mask(model, kept, values=values, recent_window=recent_window, sinks=sinks, readout=readout)
+    windows: dict[str, Any] = {"recent_window": recent_window, "sinks": sinks, "generated": generated}
+    mask = random_mask(model, kept, values=values, readout=readout, **windows)
     compare(model, mask, {"max_length": 60} if static else None, **more)
 
 
@@ -88,26 +96,48 @@ def test_two_chat_turns(static: bool) -> None:
 
 
 @STATIC
+@pytest.mark.parametrize("generated", ["prune", "keep"])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(("recent_window", "crops"), [(6, [3, 6, 1]), (0, [9, 4, 20]), (40, [7, 25, 3])])
-def test_cropped_tokens_might_never_have_come(recent_window: int, crops: list[int], ragged: bool, static: bool) -> None:
+def test_cropped_tokens_might_never_have_come(
+    recent_window: int, crops: list[int], ragged: bool, generated: str, static: bool
+) -> None:
     model = tiny_model("Llama")
-    mask = random_mask(model, 7, values=8, recent_window=recent_window, sinks=2, readout="static", ragged=ragged)
+    windows: dict[str, Any] = {"recent_window": recent_window, "sinks": 2, "generated": generated}
+    mask = random_mask(model, 7, values=8, readout="static", ragged=ragged, **windows)
     ids, attended = prompts()
     ids, attended = torch.cat([ids] * 4, 1), torch.cat([attended, torch.ones(3, 63, dtype=torch.long)], 1)
     reference = DynamicCache(config=model.config)
     past = grace_opt.runtime.cache(mask, model, max_length=84 if static else None)
+    lengths: dict[int, int] = {}
     steps = [(21, None), *((size, crop) for crop in crops for size in (8, 1, 1, 1, 1, 1, crop))]
     for size, crop in steps:
         model.set_attn_implementation("grace_opt")
         (ours,) = logits_of(model, past, [size], ids, attended)
-        use_zero_channel_attention(model, mask)
+        use_zero_channel_attention(model, mask, lengths)
         (theirs,) = logits_of(model, reference, [size], ids, attended)
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
         if crop is not None and size == crop:
             past.crop(-crop)
             reference.crop(-crop)
             assert int(past.get_seq_length()) == reference.get_seq_length()
+
+
+@STATIC
+@pytest.mark.parametrize("generated", ["prune", "keep"])
+def test_a_prompt_that_is_cropped_might_have_been_shorter(generated: str, static: bool) -> None:
+    model = tiny_model("Llama")
+    mask = random_mask(model, 7, values=8, recent_window=6, sinks=2, readout="static", generated=generated)
+    ids, attended = prompts()
+    ids, attended = torch.cat([ids] * 2, 1), torch.cat([attended, torch.ones(3, 21, dtype=torch.long)], 1)
+    options = {"max_length": 42} if static else {}
+    expected = logits_of(model, grace_opt.runtime.cache(mask, model, **options), [16, *[1] * 9], ids, attended)
+    past = grace_opt.runtime.cache(mask, model, **options)
+    logits_of(model, past, [21], ids, attended)
+    past.crop(-5)
+    ours = logits_of(model, past, [1] * 9, ids, attended)
+    for mine, theirs in zip(ours, expected[1:], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
 
 @STATIC
@@ -166,7 +196,9 @@ def test_offloading_changes_nothing(readout: str, more: dict[str, int]) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_compiled_step_is_one_graph_and_gives_the_same(padded: bool, readout: str, backend: str) -> None:
     model = tiny_model("Llama")
-    mask = random_mask(model, 7, values=8, recent_window=4, sinks=2, readout=readout)
+    # Both ways to hold generated tokens, without trying everything twice.
+    generated = "keep" if (readout == "static") == padded else "prune"
+    mask = random_mask(model, 7, values=8, recent_window=4, sinks=2, readout=readout, generated=generated)
     ids, attended = prompts()
     if not padded:
         attended = torch.ones_like(attended)
@@ -213,7 +245,7 @@ def test_generate_compiles_the_decoding_of_a_preallocated_cache() -> None:
 @pytest.mark.parametrize("kinds", [("key",), ("value",), ("key", "value")])
 def test_integers_hold_old_tokens_and_nothing_else(kinds: tuple[str, ...], bits: int) -> None:
     from grace_opt.compression.integers import quantise
-    from grace_opt.runtime.buffers import Integers
+    from grace_opt.runtime.buffers import Packed
 
     model = tiny_model("Llama", max_position_embeddings=512)
     mask = random_mask(model, 7, values=8, recent_window=6, sinks=2)
@@ -226,14 +258,14 @@ def test_integers_hold_old_tokens_and_nothing_else(kinds: tuple[str, ...], bits:
         logits_of(model, cache, [150, *[1] * 40, 60, *[1] * 51], ids, attended)
     # Both caches saw the same keys in the first layer, so what is stored there differs by the rounding alone.
     packed = 32 * ((301 - 7 - 2 * 6) // 32)  # after the padding and the sinks, before the window and what crop needs
-    for kind, held, whole in zip(("key", "value"), past.layers[0].held, plain.layers[0].held, strict=True):
-        stored, (exact,) = torch.cat(list(held.store.parts()), 2), whole.store.parts()
-        torch.testing.assert_close(held.window, whole.window)
+    for kind, held, whole in zip(("key", "value"), past.layers[0].sides, plain.layers[0].sides, strict=True):
+        stored, (exact,) = torch.cat(list(held.buffer.parts()), 2), whole.buffer.parts()
+        torch.testing.assert_close(held.window.rows, whole.window.rows)
         if kind not in kinds:
             torch.testing.assert_close(stored, exact)
             continue
-        assert isinstance(held.store, Integers)
-        assert held.store.packed_tokens == packed
+        assert isinstance(held.buffer, Packed)
+        assert held.buffer.packed_tokens == packed
         old = exact[:, :, 7 : 7 + packed].reshape(2, 2, -1, 32, exact.shape[-1])
         back = quantise(old, bits, "channel" if kind == "key" else "token").unpack().flatten(2, 3)  # type: ignore[arg-type]
         torch.testing.assert_close(stored, torch.cat([exact[:, :, :7], back, exact[:, :, 7 + packed :]], 2))
@@ -281,14 +313,15 @@ def test_integers_can_be_cropped_within_the_window() -> None:
 @STATIC
 @pytest.mark.parametrize("method", ["grace-opt", "grace", "think"])
 def test_a_prompt_chooses_what_the_method_chooses(method: str, static: bool) -> None:
-    from dataclasses import replace
-
+    from grace_opt.compression.apply import apply
     from grace_opt.compression.budget import Budget
-    from grace_opt.compression.method import METHODS, compress
+    from grace_opt.compression.method import method as named
+    from grace_opt.compression.readout import fit, moments
     from grace_opt.graphs.observed import Observed, output_projection
 
     model = tiny_model("Llama")
-    policy = replace(METHODS[method], budget="uniform", recent_window=4, sinks=2, observation_window=8)
+    options = {"budget": "uniform", "recent_window": 4, "sinks": 2, "observation_window": 8}
+    policy = named(method, options)
     ids, attended = prompts()
     past = grace_opt.runtime.online_cache(model, policy, ratio=0.5, value_ratio=0.3, max_length=60 if static else None)
     logits_of(model, past, [21], ids, attended)
@@ -297,7 +330,7 @@ def test_a_prompt_chooses_what_the_method_chooses(method: str, static: bool) -> 
     def see(module: Any, query: Any, key: Any, value: Any, scaling: float, arguments: Any) -> None:
         seen[module.layer_idx] = (query, key, value, scaling, output_projection(module, query.shape[1]))
 
-    from grace_opt.runtime.attention import attending_with, observing
+    from grace_opt.models.attention import attending_with, observing
 
     with torch.no_grad(), attending_with(model, observing(see)):
         positions = (attended.cumsum(-1) - 1).clamp(min=0)
@@ -305,18 +338,24 @@ def test_a_prompt_chooses_what_the_method_chooses(method: str, static: bool) -> 
     for row in range(3):
         first = 21 - int(attended[row].sum())
         layers = {
-            i: Observed(q[row, :, max(first, 13) :], k[row, :, first:], v[row, :, first:], s, 2, 4, o, policy.spans)
+            i: Observed(
+                q[row, :, max(first, 13) :], k[row, :, first:], v[row, :, first:], s, 2, 4, o, policy.selection.spans
+            )
             for i, (q, k, v, s, o) in seen.items()
         }
-        maps = compress(policy, layers, Budget(0.5, 0.3)).layers
+        plans = apply(policy, layers, Budget(0.5, 0.3)).layers
         for i, layer in enumerate(past.layers):
-            for kind, held in zip(("key", "value"), layer.held, strict=True):
-                for head, each in enumerate(maps[i].heads[kind]):  # type: ignore[index]
-                    order = held.order[row, head]
-                    assert torch.equal(order[: held.width], each.encode)
-                    if policy.readout != "none":
-                        torch.testing.assert_close(held.matrix[row, head], each.decode[order[held.width :]])
-                        torch.testing.assert_close(held.constant[row, head, 0], each.constant[order[held.width :]])
+            for kind, side in zip(("key", "value"), layer.sides, strict=True):
+                for head, each in enumerate(plans[i].codecs[kind]):
+                    codec = side.codec.mapped(lambda tensor, row=row, head=head: tensor[row, head])
+                    assert torch.equal(codec.keep, each.keep)
+                    if policy.readout.readout_fit != "none":
+                        seen_here = layers[i]
+                        tokens = (seen_here.keys if kind == "key" else seen_here.values)[:, seen_here.prunable]
+                        about = moments(tokens, seen_here.token_weights, policy.readout.mixed(kind))[head]
+                        readout = fit(about, each.keep.numpy())
+                        torch.testing.assert_close(codec.matrix, torch.from_numpy(readout.matrix).float())
+                        torch.testing.assert_close(codec.constant, torch.from_numpy(readout.constant).float())
 
 
 def test_a_prompt_too_short_to_prune_still_runs() -> None:
@@ -362,7 +401,7 @@ def test_many_steps_hold_what_must_be_kept(steps: int, static: bool) -> None:
         assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == 0  # no compilation after the first
         return
     kept = 2 * 4 * (6 + 9)  # KV heads, bytes, channels
-    fixed = past.nbytes - sum(held.store.buffer.nbytes for held in layer.held)
+    fixed = past.nbytes - sum(side.buffer.buffer.nbytes for side in layer.sides)
     assert fixed == start - 64 * kept  # rows of the window and the sinks, read-outs
     assert (steps + 64) * kept <= past.nbytes - fixed <= (steps + 64) * kept * 1.008
 
@@ -417,7 +456,7 @@ def test_what_does_not_fit_the_cache_is_a_sentence(static: bool) -> None:
         with pytest.raises(InputError, match="padded on the right"):
             model(input_ids=ids[:, :4], attention_mask=_last_unseen(attended, 25), past_key_values=past)
     other = tiny_model("Llama", num_key_value_heads=4)
-    with pytest.raises(InputError, match="the mask has 2 KV heads of 16 channels in layer 0, the model has 4 of 16"):
+    with pytest.raises(InputError, match="has 2 KV heads of 16 key channels in layer 0, the model has 4 of 16"):
         run(other, grace_opt.runtime.cache(mask, other, **options))
 
 
@@ -440,7 +479,6 @@ def test_options_that_cannot_be_are_refused() -> None:
             grace_opt.runtime.cache(mask, model, **options)
     for method, more, message in (
         ("grace_opt", {"ratio": 0.5}, "unknown method 'grace_opt'; did you mean"),
-        ("svd", {"ratio": 0.5}, "not svd by greedy"),
         ("think", {"ratio": 1.0}, "the ratio must be at least 0 and below 1"),
     ):
         with pytest.raises(InputError, match=message):
@@ -450,19 +488,17 @@ def test_options_that_cannot_be_are_refused() -> None:
 def test_protection_that_leaves_too_little_is_said() -> None:
     model = tiny_model("Llama")
     ids = torch.randint(3, 99, (1, 60))
-    from dataclasses import replace
-
-    from grace_opt.compression.method import METHODS
+    from grace_opt.compression.method import method
     from grace_opt.graphs.protection import Protection
 
-    strict = replace(METHODS["grace"], protection=Protection(at_least=0.3, at_most=0.3))
+    strict = method("grace", {"protection": Protection(at_least=0.3, at_most=0.3)})
     with pytest.raises(InputError, match="protection leaves 12; prune fewer"), torch.no_grad():
         model(input_ids=ids, past_key_values=grace_opt.runtime.online_cache(model, strict, ratio=0.8))
 
 
 def test_read_outs_of_the_runtime_are_those_of_masks() -> None:
     from grace_opt.compression.readout import fit, moments, weighted_moments
-    from grace_opt.runtime.plan import fit as batched
+    from grace_opt.compression.readout import fit_many as batched
 
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randn(3, 50, 12, generator=rng) @ torch.randn(12, 12, generator=rng)

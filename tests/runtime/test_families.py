@@ -136,7 +136,7 @@ def mask_of(model: Any, shapes: dict[int, tuple[int, int]], kept: int | None) ->
         if shape == (heads, dim)
     }
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    return KVMask("tiny", heads, dim, keep, num_hidden_layers=layers, recent_window=RECENT, sinks=SINKS)
+    return KVMask.of_channels("tiny", heads, dim, keep, num_hidden_layers=layers, recent_window=RECENT, sinks=SINKS)
 
 
 def kind(model: Any, mask: KVMask) -> str:

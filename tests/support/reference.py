@@ -31,17 +31,18 @@ def greedy_by_objective(problem: SubsetProblem) -> list[int]:
     return sorted(pruned)
 
 
-def use_zero_channel_attention(model: Any, mask: KVMask) -> None:
+def use_zero_channel_attention(model: Any, mask: KVMask, prompts: dict[int, int] | None = None) -> None:
     """Make ``model`` attend over a plain cache as if ``mask`` had zeroed the pruned channels of old tokens, or as if it
     read them by its static read-out.
 
     The query at slot t sees the key at slot s whole if both came in the same prompt or chunk, if
     t - s < recent_window, or if s is among the row's first ``sinks`` real tokens; where generated tokens are kept, also
     if s is at least the prompt's length (of the first update) less recent_window. Everything by definition, with
-    full-width tensors and a [B, n, T] table of which pairs are whole.
+    full-width tensors and a [B, n, T] table of which pairs are whole. ``prompts``: layer -> the prompt's length, to go
+    on with what an earlier call saw.
     """
     windows = mask.windows
-    prompt: dict[int, int] = {}
+    prompt: dict[int, int] = {} if prompts is None else prompts
 
     def read(kind: Kind, layer: int, states: Any) -> Any:
         """Keys or values as pruned tokens are seen."""
