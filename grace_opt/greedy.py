@@ -64,11 +64,11 @@ def _on_tensors(weights: Tensor, steps: int, free: Tensor | None) -> tuple[Tenso
     scores = weights.diagonal(0, 1, 2).clone()
     if free is not None:
         scores = scores.masked_fill(~free, math.inf)
-    picks, costs = scores.argmin(1, keepdim=True).new_empty(len(scores), steps), scores.new_empty(len(scores), steps)
+    picks = scores.new_empty(len(scores), steps, dtype=scores.argmin().dtype)
+    costs = scores.new_empty(len(scores), steps)
     for step in range(steps):
-        pick = scores.argmin(1, keepdim=True)
-        picks[:, step : step + 1] = pick
-        costs[:, step : step + 1] = scores.gather(1, pick)
-        scores += 2 * weights.gather(1, pick[..., None].expand(-1, -1, weights.shape[2]))[:, 0]
-        scores.scatter_(1, pick, math.inf)
+        cost, pick = scores.min(1, keepdim=True)
+        picks[:, step : step + 1], costs[:, step : step + 1] = pick, cost
+        row = weights.gather(1, pick[..., None].expand(-1, -1, weights.shape[2]))[:, 0]
+        scores.add_(row, alpha=2).scatter_(1, pick, math.inf)
     return picks, costs

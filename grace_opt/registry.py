@@ -18,8 +18,6 @@ from typing import Any
 from grace_opt.errors import InputError, did_you_mean
 from grace_opt.solution import Solver
 
-nearest = did_you_mean  # for compression/method.py, until that imports it from errors
-
 ENTRY_POINT_GROUP = "grace_opt.solvers"
 
 

@@ -10,17 +10,15 @@ from grace_opt.files import replacing
 
 def kept_channels(mask: KVMask, path: str | Path, title: str) -> None:
     """A PNG with a row for each layer and KV head and a column for each key channel; kept ones are dark."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state, and nothing to close
     from matplotlib.patches import Patch
 
     matrix = mask.keep_matrix("key")
     layers, heads, channels = matrix.shape
     kept, pruned = "#1f4e79", "#dfe6ee"
-    figure, axes = plt.subplots(figsize=(8, max(3.0, 0.085 * layers * heads + 1.5)), layout="constrained")
+    figure = Figure(figsize=(8, max(3.0, 0.085 * layers * heads + 1.5)), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(
         matrix.reshape(-1, channels),
         cmap=ListedColormap([pruned, kept]),
@@ -46,4 +44,3 @@ def kept_channels(mask: KVMask, path: str | Path, title: str) -> None:
     )
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)

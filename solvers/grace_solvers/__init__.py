@@ -1,1 +1,1 @@
-"""The solvers of grace-opt, one a file. They know grace_opt.problem and grace_opt.solution, and nothing else of it."""
+"""The solvers of grace-opt, one a file. Of it they know `problem`, `solution` and `greedy`, and nothing else."""

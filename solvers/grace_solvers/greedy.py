@@ -70,9 +70,9 @@ class GreedySolver:
             return _forward(weights, free, counts), counts
         if self.direction == "backward":
             return _backward(weights, free, counts), surplus
-        forward, backward = _forward(weights, free, counts), _backward(weights, free, counts)
-        better = _objectives(weights, backward) < _objectives(weights, forward)
-        return np.where(better[:, None], backward, forward), counts + surplus
+        grown, shrunk = _forward(weights, free, counts), _backward(weights, free, counts)
+        better = _objectives(weights, shrunk) < _objectives(weights, grown)
+        return np.where(better[:, None], shrunk, grown), counts + surplus
 
 
 def _forward(weights: FloatArray, free: BoolArray, counts: IntArray) -> BoolArray:
