@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grace_opt import runtime as runtime
-    from grace_opt.compression.apply import mask_from_solutions, problems_of
     from grace_opt.compression.budget import Budget
+    from grace_opt.compression.from_bundle import mask_from_solutions, problems_of
     from grace_opt.compression.mask import KVMask
     from grace_opt.compression.mask_file import load_mask, save_mask
     from grace_opt.compression.method import METHODS, Method
@@ -60,7 +60,7 @@ __all__ = [
 
 #: module -> what is exported of it; tests/test_import.py checks it against __all__
 _EXPORTS = {
-    "compression.apply": ("mask_from_solutions", "problems_of"),
+    "compression.from_bundle": ("mask_from_solutions", "problems_of"),
     "compression.budget": ("Budget",),
     "compression.mask": ("KVMask",),
     "compression.mask_file": ("load_mask", "save_mask"),

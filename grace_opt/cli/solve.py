@@ -69,7 +69,7 @@ def solve(
 ) -> None:
     """Choose the channels to prune in every head of a bundle, and write the mask."""
     sources = explain(ctx, talk.verbose)
-    from grace_opt.compression.apply import mask_from_solutions, problems_of
+    from grace_opt.compression.from_bundle import mask_from_solutions, problems_of
     from grace_opt.compression.mask_file import save_mask
     from grace_opt.files import check_writable
     from grace_opt.graphs import load_bundle

@@ -48,9 +48,9 @@ def instances_of(
 ) -> list[Instance]:
     """Every head of every bundle at every budget, allotted as the method says; a number is a ratio of keys and values.
 
-    Raises InputError as `grace_opt.compression.apply.problems_of` does.
+    Raises InputError as `grace_opt.compression.from_bundle.problems_of` does.
     """
-    from grace_opt.compression.apply import problems_of  # imports torch
+    from grace_opt.compression.from_bundle import problems_of  # imports torch
 
     instances = []
     for name, bundle in graphs.items():

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from grace_opt.compression.plugins import Table
 from grace_opt.heads import Kind
 
 if TYPE_CHECKING:
@@ -193,16 +192,3 @@ class Whole(Codec):
 
     def read(self, total: Tensor, residual: Tensor | None) -> Tensor:
         return total
-
-
-#: the codecs by name; `CODECS.register` adds one, as does the entry-point group ``grace_opt.codecs``
-CODECS: Table[type[Codec]] = Table(
-    "codec",
-    "grace_opt.codecs",
-    {
-        "whole": "grace_opt.compression.codec:Whole",
-        "channels": "grace_opt.compression.channels:Channels",
-        "lowrank": "grace_opt.compression.lowrank:LowRank",
-        "integers": "grace_opt.compression.integers:Integers",
-    },
-)

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from grace_opt.compression.budget import Budget
-from grace_opt.compression.codec import CODECS, Codec
+from grace_opt.compression.codec import Codec
 from grace_opt.compression.mask import Keep, KVMask, _channels, channels_of
 from grace_opt.compression.method import Windows, from_options
 from grace_opt.compression.plan import CachePlan, Choice, LayerPlan
+from grace_opt.compression.plugins import CODECS, POLICIES
 from grace_opt.compression.readout import READOUT_SCOPES, Readout, ReadoutRecipe
-from grace_opt.compression.tokens.base import POLICIES, TokenRule
+from grace_opt.compression.tokens.base import TokenRule
 from grace_opt.errors import InputError
 from grace_opt.files import read_json, read_safetensors, replacing, write_safetensors
 from grace_opt.heads import KINDS, Kind

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from grace_opt.compression.budget import Sharing
+from grace_opt.compression.plugins import CODECS, POLICIES
 from grace_opt.compression.readout import ReadoutRecipe
 from grace_opt.errors import InputError, did_you_mean
 from grace_opt.graphs.protection import Protection
@@ -99,6 +100,9 @@ class Method:
         for name in ("key_bits", "value_bits"):
             if getattr(self, name) not in (None, *BITS):
                 raise InputError(f"{name} must be 2, 3, 4 or 8, or none; got {getattr(self, name)}")
+        for what, table in ((self.codec, CODECS), (self.tokens, POLICIES)):
+            if what is not None and what not in table:
+                raise InputError(f"unknown {table.what} {what!r}{did_you_mean(what, list(table))}")
         if self.token_share is not None and not 0 <= self.token_share <= 1:
             raise InputError(f"token_share must be from 0 to 1, got {self.token_share}")
         if self.token_share is None and self.tokens is not None and self.codec != "whole":

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grace_opt.compression.apply import apply, mask_from_solutions, problems_of
+from grace_opt.compression.apply import apply
 from grace_opt.compression.budget import Budget
+from grace_opt.compression.from_bundle import mask_from_solutions, problems_of
 from grace_opt.compression.mask_file import save_mask
 from grace_opt.compression.method import METHODS
 from grace_opt.compression.plan import CachePlan

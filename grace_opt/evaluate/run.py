@@ -131,8 +131,9 @@ def evaluate(
     A passage's prefix is run once, uncompressed, as prefill does. Each method makes its plan from that prompt's own
     last queries and keys, the cache that the plan asks for is built from them, by the code that runs in generation, and
     the passage's other tokens are scored on it, and compared with the uncompressed cache token by token. A needle
-    prompt is run up to its last token, and its answer decoded greedily. Memory: the log-probabilities of all scored tokens of one
-    passage, 4 bytes times scored times vocabulary. The fields of a record are in docs/evaluation.md.
+    prompt is run up to its last token, and its answer decoded greedily. Memory: the log-probabilities of all scored
+    tokens of one passage, 4 bytes times scored times vocabulary. The fields of a record are those of
+    `grace_opt.records.EvaluationRecord`.
 
     Args:
         generated: ``keep`` the scored tokens whole, or ``prune`` them as they leave the recent window; None: as each

@@ -68,7 +68,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.prompt_length = 0  #: slots of the prompt
         self.positions: Tensor | None = None  #: int64[B, slots], of the tokens, -1 for none; None: as they came
         self.extra: Tensor | None = None  #: int64[B, K], slots of whole tokens beside sinks and window, -1 for none
-        self.reach: int | None = None  #: how many of the last tokens stay, if a policy lets them slide
+        self.reach: Tensor | None = None  #: int64[B], how many of the last tokens stay, if a policy lets them slide
         self.sinks_start: int | None = None  #: slot of the first sink, if it is the same in all rows
         self.sinks_end = 0  #: one past the last sink of any row
         self.kernels: list[Kernel] = []  #: those that read it, the best first; known once the prompt is stored
@@ -209,7 +209,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._place_sinks()
         assert self.plan.tokens is not None
         if self.plan.tokens.policy.slides and not self.keeps:
-            self.reach = max(self.recent_window, int((self.length - self.first).max()) - self.sink_count)
+            self.reach = (self.length - self.first - self.sink_count).clamp(min=self.recent_window)
         return taken(states[0], stay.slots.clamp(min=0)), taken(states[1], stay.slots.clamp(min=0))
 
     def _codec(self, kind: Kind, states: Tensor, rows: Rows) -> Codec:
@@ -295,12 +295,15 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self.positions is not None
         slots = torch.arange(self.length, device=self.device).expand(self.batch, -1)
         sinks = (slots >= self.first[:, None]) & (slots < self.first[:, None] + self.sink_count)
-        stay = (sinks | (slots >= self.length - self.reach - new + 1)) & (self.positions >= 0)
+        stay = (sinks | (slots >= self.length - self.reach[:, None] - new + 1)) & (self.positions >= 0)
         size = int(stay.sum(1).max())
         if size == self.length:
             return
         taken_slots = torch.where(stay, slots, -1).sort(dim=1).values[:, self.length - size :]
         self.positions = torch.where(taken_slots >= 0, self.positions.gather(1, taken_slots.clamp(min=0)), -1)
+        if self.extra is not None:
+            at = torch.searchsorted(taken_slots, self.extra).clamp(max=size - 1)
+            self.extra = torch.where((taken_slots.gather(1, at) == self.extra) & (self.extra >= 0), at, -1)
         for side in self.sides:
             side.buffer.take(taken_slots.clamp(min=0))
         self.dropped += self.length - size
@@ -450,7 +453,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return
         self.first = change(self.first)
         self.batch = len(self.first)
-        self.positions, self.extra = (None if x is None else change(x) for x in (self.positions, self.extra))
+        self.positions, self.extra, self.reach = (
+            None if x is None else change(x) for x in (self.positions, self.extra, self.reach)
+        )
         for side in self.sides:
             side.each_row(change)
 
@@ -465,7 +470,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _move(self, change: Callable[[Tensor], Tensor]) -> None:
         if hasattr(self, "key_side"):
             self.first = change(self.first)
-            self.positions, self.extra = (None if x is None else change(x) for x in (self.positions, self.extra))
+            self.positions, self.extra, self.reach = (
+                None if x is None else change(x) for x in (self.positions, self.extra, self.reach)
+            )
             for side in self.sides:
                 side.move(change)
 

@@ -27,7 +27,7 @@ def masks_of(records: Sequence[Row], bundle: GraphBundle, request: Mapping[str, 
 
     Raises OSError if one cannot be written (a full disk).
     """
-    from grace_opt.compression.apply import mask_from_solutions
+    from grace_opt.compression.from_bundle import mask_from_solutions
 
     scope, windows, method = request["config"]["readout"], windows_of(request), method_of(request)
     selections: dict[tuple[str, str], dict[str, Row]] = {}

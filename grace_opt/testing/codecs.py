@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from grace_opt.compression.codec import CODECS, Codec, stacked
+from grace_opt.compression.codec import Codec, stacked
 from grace_opt.compression.mask import KVMask
 from grace_opt.compression.mask_file import load_mask, save_mask
 from grace_opt.compression.plan import CachePlan, LayerPlan
+from grace_opt.compression.plugins import CODECS
 
 
 def check_codec(codec: Codec, *, seed: int = 0, tolerance: float = 1e-4) -> None:

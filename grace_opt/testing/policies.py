@@ -10,7 +10,8 @@ import json
 
 import torch
 
-from grace_opt.compression.tokens.base import POLICIES, Tier, TokenPolicy
+from grace_opt.compression.plugins import POLICIES
+from grace_opt.compression.tokens.base import Tier, TokenPolicy
 from grace_opt.graphs.observed import Observed
 
 

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 
 from grace_opt import KVMask, load_bundle, load_mask, registry
 from grace_opt.cli import main
-from grace_opt.compression.apply import problems_of
 from grace_opt.compression.budget import Budget
+from grace_opt.compression.from_bundle import problems_of
 from grace_opt.compression.method import METHODS, Windows
 from tests.support import DATA
 from tests.support.families import tiny_model

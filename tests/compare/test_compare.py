@@ -23,8 +23,8 @@ from grace_opt import BoundKind, GraphBundle, HeadGraph, InputError, Limit, Limi
 from grace_opt.cli.config import named_options
 from grace_opt.compare import compare as compare_by_method
 from grace_opt.compare import shifted_geometric_mean, stands, summarise, with_references
-from grace_opt.compression.apply import problems_of
 from grace_opt.compression.budget import Budget
+from grace_opt.compression.from_bundle import problems_of
 from grace_opt.compression.method import METHODS, method
 from grace_opt.records import Record as FullRecord
 from grace_opt.records import check

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from grace_opt import InputError
 from grace_opt.compression.channels import Channels
-from grace_opt.compression.codec import CODECS, Codec, Whole, stacked
+from grace_opt.compression.codec import Codec, Whole, stacked
 from grace_opt.compression.integers import Integers
 from grace_opt.compression.lowrank import LowRank
+from grace_opt.compression.plugins import CODECS
 from grace_opt.compression.readout import moments
 from grace_opt.testing.codecs import check_codec
 from tests.support.observed import observed_layers

@@ -24,8 +24,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from grace_opt import InputError, load_mask
-from grace_opt.compression.apply import problems_of
 from grace_opt.compression.budget import Budget
+from grace_opt.compression.from_bundle import problems_of
 from grace_opt.compression.method import method
 from grace_opt.graphs import load_bundle, save_bundle
 from grace_opt.service.client import Client

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from grace_opt.compression.plugins import Table
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,11 +61,3 @@ class TokenRule:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InputError(f"the share of old tokens that stay must be from 0 to 1, got {self.share}")
-
-
-#: the policies by name; `POLICIES.register` adds one, as does the entry-point group ``grace_opt.token_policies``
-POLICIES: Table[type[TokenPolicy]] = Table(
-    "token policy",
-    "grace_opt.token_policies",
-    {"streaming": "grace_opt.compression.tokens.streaming:Streaming"},
-)

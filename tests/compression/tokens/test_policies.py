@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from grace_opt import InputError
-from grace_opt.compression.tokens.base import POLICIES, Tier, TokenPolicy, TokenRule
+from grace_opt.compression.plugins import POLICIES
+from grace_opt.compression.tokens.base import Tier, TokenPolicy, TokenRule
 from grace_opt.compression.tokens.streaming import Streaming
 from grace_opt.graphs.observed import Observed
 from grace_opt.testing.policies import check_policy

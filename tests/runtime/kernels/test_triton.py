@@ -15,7 +15,7 @@ from torch import Tensor
 import grace_opt.runtime
 from grace_opt import InputError
 from grace_opt.compression.integers import Packed, quantise
-from grace_opt.runtime import attend
+from grace_opt.runtime.kernels import choose, split
 from grace_opt.runtime.kernels import triton as kernel
 from grace_opt.runtime.kernels.triton import Tokens, decode
 from tests.support.families import tiny_model
@@ -386,7 +386,7 @@ def test_integers_are_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch, bits: 
             for at in range(86, 89):
                 out = model(input_ids=ids[:, at : at + 1], attention_mask=attended[:, : at + 1], past_key_values=past)
         logits.append(out.logits)
-    assert past.layers[0].keys_held.store.packed_tokens == 64
+    assert past.layers[0].key_side.buffer.packed_tokens == 64
     assert len(calls) == 3
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
 
@@ -416,6 +416,28 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return decode(*arguments)
 
-    monkeypatch.setattr(attend, "INTERPRETED", True)
+    monkeypatch.setattr(split, "INTERPRETED", True)
     monkeypatch.setattr(kernel, "decode", noted)
     return calls
+
+
+def test_the_chooser_gives_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama", num_hidden_layers=1)
+    ids = torch.randint(3, 99, (1, 60))
+
+    def reasons_for(generated: str = "prune", **options: Any) -> dict[str, bool | str]:
+        mask = random_mask(model, 7, values=9, recent_window=4, sinks=2, generated=generated)
+        with grace_opt.runtime.cache(mask, model, **options) as past, torch.no_grad():
+            model(input_ids=ids, past_key_values=past)
+            found = choose.reasons(past.layers[0])
+        assert found["plain"] is True
+        return found
+
+    if DEVICE.type == "cpu":
+        assert "cards" in str(reasons_for()["triton"])
+    monkeypatch.setattr(split, "INTERPRETED", True)
+    assert reasons_for()["triton"] is True
+    assert reasons_for("keep")["triton"] is True
+    assert "integers of both sides or none" in str(reasons_for(key_bits=4)["triton"])
+    assert "codes within bytes" in str(reasons_for(key_bits=3, value_bits=3)["triton"])
+    assert "preallocated" in str(reasons_for("keep", max_length=80)["triton"])

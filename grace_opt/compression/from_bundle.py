@@ -1,0 +1,163 @@
+"""From a calibrated bundle to the problems of its heads, and from their solutions to a mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from grace_opt.compression.budget import Budget, allot, bytes_per_channel
+from grace_opt.compression.method import METHODS, Method
+from grace_opt.compression.plugins import CODECS
+from grace_opt.compression.readout import READOUT_SCOPES, bundle_moments, fit
+from grace_opt.errors import InputError
+from grace_opt.graphs.bundle import GraphBundle
+from grace_opt.heads import KINDS, Kind
+from grace_opt.problem import SubsetProblem
+from grace_opt.solution import Solution
+
+if TYPE_CHECKING:  # torch is loaded for masks only: problems are made without it
+    from grace_opt.compression.codec import Codec
+    from grace_opt.compression.mask import KVMask
+    from grace_opt.compression.plan import CachePlan
+
+
+def problems_of(bundle: GraphBundle, method: Method, budget: Budget) -> list[SubsetProblem]:
+    """A problem for each head of a bundle, in its order, that prunes what the budget allots to it.
+
+    The method's protection says whether the bundle's protected channels are kept. A budget in bytes is of a cache of
+    16-bit numbers. Raises InputError as `allot` does, if a ratio prunes more than is prunable, and for a method that
+    selects no channels.
+    """
+    if method.codec != "channels" and not CODECS[method.codec].selects:
+        raise InputError(
+            f"a method whose codec is {method.codec!r} selects no channels, so there is nothing to solve; use "
+            "grace-opt evaluate, or grace-opt generate --method"
+        )
+    plain = bundle.problems(0.0, protect=method.selection.protection is not None)
+    problems: dict[Kind, list[SubsetProblem]] = {}
+    for head, problem in zip(bundle.heads, plain, strict=True):
+        problems.setdefault(head.kind, []).append(problem)
+    kv_heads = bundle.integer("num_key_value_heads", 1 + max(head.kv_head for head in bundle.heads))
+    group = bundle.integer("num_attention_heads", kv_heads) // kv_heads
+    dims = {"key": bundle.integer("head_dim", plain[0].n)}
+    dims["value"] = bundle.integer("value_head_dim", dims["key"])
+    layers = len({head.layer for head in bundle.heads})
+    costs: dict[Kind, float] = {kind: bytes_per_channel(method.bits(kind), 2) for kind in KINDS}
+    prunes = allot(
+        problems,
+        budget,
+        method.sharing,
+        queries=group * bundle.integer("observation_window", 32),
+        costs=costs,
+        whole=layers * kv_heads * sum(costs[kind] * dims[kind] for kind in KINDS),
+    )
+    left = {kind: iter(each) for kind, each in prunes.items()}
+    return [replace(problem, prune=next(left[head.kind])) for head, problem in zip(bundle.heads, plain, strict=True)]
+
+
+def mask_from_solutions(
+    bundle: GraphBundle,
+    solutions: Sequence[Solution],
+    method: Method | None = None,
+    *,
+    readout_scope: str = "none",
+    recent_window: int | None = None,
+    sinks: int | None = None,
+) -> KVMask:
+    """The mask of a solved bundle (its heads and the solutions in the same order), as the method says (`grace-opt` if
+    left out).
+
+    ``readout_scope``: ``prefill`` (the method's read-out, fitted to each prompt), ``static`` (fitted now to the
+    bundle's moments) or ``none``; a method without a read-out has none. ``recent_window`` and ``sinks`` are those that
+    the graphs were made with, if left out. Raises InputError for a layer of which the bundle holds only some KV heads,
+    or a head without a solution.
+    """
+    from grace_opt.compression.apply import kept_of, recipe_of
+    from grace_opt.compression.channels import Channels
+    from grace_opt.compression.integers import as_integers
+    from grace_opt.compression.plan import CachePlan, LayerPlan
+
+    method = method or METHODS["grace-opt"]
+    if readout_scope not in READOUT_SCOPES:
+        raise InputError(f"the read-out scope must be one of {', '.join(READOUT_SCOPES)}, got {readout_scope!r}")
+    recipe = recipe_of(method) if readout_scope != "none" else None
+    codecs: dict[int, dict[Kind, dict[int, Codec]]] = {}
+    for head, solution in zip(bundle.heads, solutions, strict=True):
+        keep, readout = kept_of(solution), None
+        if recipe is not None and readout_scope == "static":
+            about = bundle_moments(head, _window_tokens(bundle), recipe.mixed(head.kind))
+            readout = fit(about, keep, linear=recipe.readout_fit != "mean", ridge=recipe.ridge)
+        channels = Channels.keeping(keep, solution.n, *((readout.matrix, readout.constant) if readout else ()))
+        codec = as_integers(channels, method.bits(head.kind) or 0, head.kind)
+        codecs.setdefault(head.layer, {}).setdefault(head.kind, {})[head.kv_head] = codec
+    heads = bundle.integer("num_key_value_heads", 1 + max(head.kv_head for head in bundle.heads))
+    for layer, kinds in codecs.items():
+        for kind, by_head in kinds.items():
+            if sorted(by_head) != list(range(heads)):
+                raise InputError(
+                    f"the bundle holds {kind} graphs of KV heads {sorted(by_head)} of {heads} in layer {layer}"
+                )
+    windows = replace(
+        method.windows,
+        recent_window=bundle.integer("recent_window", 32) if recent_window is None else recent_window,
+        sinks=bundle.integer("sinks", 4) if sinks is None else sinks,
+    )
+    plans = {
+        layer: LayerPlan(
+            layer,
+            {kind: [by_head[h] for h in sorted(by_head)] for kind, by_head in kinds.items()},
+            windows,
+            recipe if readout_scope == "prefill" else None,
+            method.selection.observation_window,
+            method.selection.spans,
+        )
+        for layer, kinds in codecs.items()
+    }
+    return _mask_of_plan(bundle, CachePlan(plans), solutions, heads, method)
+
+
+def _window_tokens(bundle: GraphBundle) -> int:
+    """How many prunable tokens a window of the bundle has."""
+    tokens = bundle.integer("window", 0) - bundle.integer("sinks", 0) - bundle.integer("recent_window", 0)
+    if tokens < 1:
+        raise InputError("the bundle does not say how many tokens its windows have; calibrate again")
+    return tokens
+
+
+def _mask_of_plan(
+    bundle: GraphBundle, plan: CachePlan, solutions: Sequence[Solution], heads: int, method: Method
+) -> KVMask:
+    from grace_opt.compression.mask import KVMask
+
+    first = solutions[0]
+    gaps = [solution.gap for solution in solutions]
+    about = {key: value for key, value in bundle.metadata.items() if key not in ("format", "version")}
+    keys = {len(head.weights) for head in bundle.heads if head.kind == "key"}
+    dims = keys or {len(head.weights) for head in bundle.heads}
+    if len(dims) > 1:
+        raise InputError(f"the bundle's heads have {sorted(dims)} channels; a mask needs them all of one size")
+    paired = any(head.groups is not None for head in bundle.heads)
+    return KVMask(
+        model=about.get("model", "unknown"),
+        config_sha256=about.get("config_sha256"),
+        num_hidden_layers=bundle.integer("num_hidden_layers", 0) or None,
+        num_attention_heads=bundle.integer("num_attention_heads", 0) or None,
+        num_key_value_heads=heads,
+        head_dim=dims.pop(),
+        plan=plan,
+        softmax_scale=float(about["softmax_scale"]) if "softmax_scale" in about else None,
+        structure="rope_pair" if paired else "channel",
+        align=method.sharing.align,
+        calibration=about,
+        solver={
+            "name": first.solver,
+            "version": first.solver_version,
+            "options": dict(first.options),
+            "method": method.options(),
+            "objective_sum": math.fsum(solution.objective for solution in solutions),
+            "max_gap": max(gaps) if all(map(math.isfinite, gaps)) else None,
+            "bound_kinds": sorted({solution.bound_kind.value for solution in solutions}),
+        },
+    )
