@@ -1,4 +1,4 @@
-"""One layer of the compressed cache."""
+"""One layer of the compressed cache. Over 400 lines, because half of it answers what transformers asks of a layer."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from grace_opt.runtime.kernels.choose import usable
 from grace_opt.runtime.kernels.contract import Kernel
 from grace_opt.runtime.prompt import Rows, Staying, observed, staying
 from grace_opt.runtime.side import Side
+from grace_opt.runtime.slots import Slots, first_seen, refuse_right_padding
 
 _CROP = 32  # tokens that can be taken back, at most
 
@@ -36,7 +37,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     can be taken back (`crop`): those that move into the window from behind are whole again.
 
     A token has a *slot* in the buffers. Without a token policy that is its position; where tokens were dropped,
-    ``positions`` says which it is.
+    ``slots`` says which it is.
     """
 
     is_sliding = False
@@ -64,11 +65,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Forget all tokens."""
         self.is_initialized = False
         self.length: int = 0  #: slots in use
-        self.dropped: int = 0  #: tokens that have come and have no slot
         self.prompt_length = 0  #: slots of the prompt
-        self.positions: Tensor | None = None  #: int64[B, slots], of the tokens, -1 for none; None: as they came
-        self.extra: Tensor | None = None  #: int64[B, K], slots of whole tokens beside sinks and window, -1 for none
-        self.reach: Tensor | None = None  #: int64[B], how many of the last tokens stay, if a policy lets them slide
+        self.slots: Slots | None = None  #: where tokens lie, if some were dropped
         self.sinks_start: int | None = None  #: slot of the first sink, if it is the same in all rows
         self.sinks_end = 0  #: one past the last sink of any row
         self.kernels: list[Kernel] = []  #: those that read it, the best first; known once the prompt is stored
@@ -83,6 +81,16 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._elements = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
         self.first = torch.zeros(self.batch, dtype=torch.long, device=self.device)
         self.is_initialized = True
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that have come and have no slot."""
+        return 0 if self.slots is None else self.slots.dropped
+
+    @property
+    def extra(self) -> Tensor | None:
+        """int64[B, K], slots of whole tokens beside sinks and window, -1 for none; None if there are none."""
+        return None if self.slots is None else self.slots.extra
 
     @property
     def columns(self) -> int:
@@ -115,7 +123,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._slide(new)
         spans = [side.window.push(each, self.length) for side, each in zip(self.sides, residuals, strict=True)]
         handle = Handle(self, new, None, spans, residuals)
-        exact = self.value_side.exact and self.positions is None
+        exact = self.value_side.exact and self.slots is None
         return self._given(handle, next(self.value_side.buffer.parts()) if exact else None)
 
     def _given(self, handle: Handle, values: Tensor | None) -> tuple[Handle, Any]:
@@ -141,10 +149,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _grow(self, new: int) -> None:
         self.length += new
-        if self.positions is not None:
-            seen = self.length + self.dropped
-            more = torch.arange(seen - new, seen, device=self.positions.device).expand(self.batch, -1)
-            self.positions = torch.cat([self.positions, more], dim=1)
+        if self.slots is not None:
+            self.slots.grow(new, self.length + self.dropped)
 
     def _is_prompt(self, before: Any) -> bool:
         return bool(before == 0)
@@ -202,14 +208,13 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _drop(self, states: tuple[Tensor, Tensor], stay: Staying) -> tuple[Tensor, Tensor]:
         """The states of the tokens that stay."""
-        self.positions, self.dropped = stay.slots, states[0].shape[2] - stay.slots.shape[1]
-        self.length = stay.slots.shape[1]
-        self.extra = stay.whole if stay.whole.shape[1] and self.plan.kinds else None
-        self.first = (stay.slots < 0).sum(1)
-        self._place_sinks()
         assert self.plan.tokens is not None
+        tokens, self.length = states[0].shape[2], stay.slots.shape[1]
+        self.slots = Slots(stay, tokens, bool(self.plan.kinds))
+        self.first = self.slots.first
         if self.plan.tokens.policy.slides and not self.keeps:
-            self.reach = (self.length - self.first - self.sink_count).clamp(min=self.recent_window)
+            self.slots.reach = (self.length - self.first - self.sink_count).clamp(min=self.recent_window)
+        self._place_sinks()
         return taken(states[0], stay.slots.clamp(min=0)), taken(states[1], stay.slots.clamp(min=0))
 
     def _codec(self, kind: Kind, states: Tensor, rows: Rows) -> Codec:
@@ -256,14 +261,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def slot_mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask of slots [B or 1, 1, n, slots] from one of positions [B or 1, 1, n, T]."""
-        if self.positions is None:
-            return mask
-        there = (self.positions >= 0)[:, None, None]
-        if mask is None:
-            return None if bool(there.all()) else there & self.causal(1)
-        rows = self.positions.clamp(min=0)[:, None, None].expand(-1, 1, mask.shape[2], -1)
-        mask = mask.expand(self.batch, -1, -1, -1).gather(3, rows)
-        return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, torch.finfo(mask.dtype).min)
+        return mask if self.slots is None else self.slots.mask(mask, lambda: self.causal(1))
 
     def causal(self, new: int) -> Tensor:
         """bool[1, 1, new, slots]: which slots the last ``new`` tokens may see."""
@@ -283,32 +281,20 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def unbroken(self) -> int | None:
         """How many tokens may come in one update as if they came one by one, with ``stepwise``; None: any number."""
-        if self.reach is not None:
+        if self.slots is not None and self.slots.reach is not None:
             return 1
         steps = [each for each in (side.buffer.unbroken() for side in self.sides) if each is not None]
         return min(steps, default=None)
 
     def _slide(self, new: int) -> None:
         """Drop what is out of a sliding policy's reach for all of the new tokens."""
-        if self.reach is None:
+        left = None if self.slots is None else self.slots.slide(self.first, self.sink_count, new)
+        if self.slots is None or left is None:
             return
-        assert self.positions is not None
-        slots = torch.arange(self.length, device=self.device).expand(self.batch, -1)
-        sinks = (slots >= self.first[:, None]) & (slots < self.first[:, None] + self.sink_count)
-        stay = (sinks | (slots >= self.length - self.reach[:, None] - new + 1)) & (self.positions >= 0)
-        size = int(stay.sum(1).max())
-        if size == self.length:
-            return
-        taken_slots = torch.where(stay, slots, -1).sort(dim=1).values[:, self.length - size :]
-        self.positions = torch.where(taken_slots >= 0, self.positions.gather(1, taken_slots.clamp(min=0)), -1)
-        if self.extra is not None:
-            at = torch.searchsorted(taken_slots, self.extra).clamp(max=size - 1)
-            self.extra = torch.where((taken_slots.gather(1, at) == self.extra) & (self.extra >= 0), at, -1)
         for side in self.sides:
-            side.buffer.take(taken_slots.clamp(min=0))
-        self.dropped += self.length - size
-        self.length = size
-        self.first = (taken_slots < 0).sum(1)
+            side.buffer.take(left.clamp(min=0))
+        self.length = left.shape[1]
+        self.first = self.slots.first
         self._place_sinks()
 
     # ------------------------------------------------------------ whole tokens
@@ -317,7 +303,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Where each row's real tokens begin."""
         if mask is not None:
             self.first = first_seen(mask, length).expand(self.batch).clone()
-        self._place_sinks(mask is None and self.positions is None)
+        self._place_sinks(mask is None and self.slots is None)
 
     def _place_sinks(self, at_zero: bool = False) -> None:
         earliest, latest = (0, 0) if at_zero else (int(self.first.min()), int(self.first.max()))
@@ -365,8 +351,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Every tensor that holds tokens, and what they are read by."""
         if not hasattr(self, "key_side") or not self.is_initialized:
             return []
-        more = [each for each in (self.positions, self.extra) if each is not None]
-        return [*self.key_side.tensors(), *self.value_side.tensors(), self.first, *more]
+        slots = [] if self.slots is None else self.slots.tensors()
+        return [*self.key_side.tensors(), *self.value_side.tensors(), self.first, *slots]
 
     def full_nbytes(self) -> int:
         """Bytes of as many whole keys and values, without growth space."""
@@ -402,8 +388,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _crop(self, count: int) -> None:
         self.length -= count
         self.prompt_length = min(self.prompt_length, self.length)
-        if self.positions is not None:
-            self.positions = self.positions[:, : self.length]
+        if self.slots is not None:
+            self.slots.crop(self.length)
         for side in self.sides:
             side.buffer.crop(self.length)
             side.window.crop(count, self.length)
@@ -420,7 +406,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if oldest > 0 and self.recent_window and not all(side.codec.residual_width == 0 for side in self.sides):
             most = min(most, slots - oldest - self.recent_window)
         if self.dropped:  # a prompt cut short would have kept others
-            most = min(most, 0 if self.reach is not None else slots - self.prompt_length)
+            slides = self.slots is not None and self.slots.reach is not None
+            most = min(most, 0 if slides else slots - self.prompt_length)
         if count > most:
             raise InputError(
                 f"the last {count} tokens cannot be taken back, only {max(0, most)}: what would move into the recent "
@@ -453,9 +440,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return
         self.first = change(self.first)
         self.batch = len(self.first)
-        self.positions, self.extra, self.reach = (
-            None if x is None else change(x) for x in (self.positions, self.extra, self.reach)
-        )
+        if self.slots is not None:
+            self.slots.each(change)
         for side in self.sides:
             side.each_row(change)
 
@@ -470,29 +456,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _move(self, change: Callable[[Tensor], Tensor]) -> None:
         if hasattr(self, "key_side"):
             self.first = change(self.first)
-            self.positions, self.extra, self.reach = (
-                None if x is None else change(x) for x in (self.positions, self.extra, self.reach)
-            )
+            if self.slots is not None:
+                self.slots.each(change)
             for side in self.sides:
                 side.move(change)
-
-
-def first_seen(mask: Tensor, length: int) -> Tensor:
-    """int64[B or 1]: the first slot that each row's last query may see, under a mask [B or 1, 1, n, T]; if there is
-    none, ``length``.
-    """
-    seen = _seen(mask, length)
-    return torch.where(seen.any(1), seen.int().argmax(1), length)
-
-
-def _seen(mask: Tensor, length: int) -> Tensor:
-    row = mask[:, 0, -1, :length]
-    return row if row.dtype == torch.bool else row > -1e3  # masks go by -1e4 and lower
-
-
-def refuse_right_padding(mask: Tensor | None, length: int) -> None:
-    """The last tokens of a row are its recent window: they must be real."""
-    if mask is not None:
-        seen = _seen(mask, length)
-        if bool((seen.any(1) & ~seen[:, -1]).any()):
-            raise InputError("a row of the batch is padded on the right; pad prompts on the left")

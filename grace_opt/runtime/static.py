@@ -13,8 +13,9 @@ from grace_opt.errors import InputError
 from grace_opt.heads import Kind
 from grace_opt.runtime.buffers import Buffer, FixedKept, FixedSliding, Preallocated, Window, fix
 from grace_opt.runtime.handle import Handle
-from grace_opt.runtime.layer import PrunedLayer, first_seen, refuse_right_padding
+from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.side import Side
+from grace_opt.runtime.slots import first_seen, refuse_right_padding
 
 
 class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,10 @@ from grace_opt.compression.integers import Integers, Packed
 from grace_opt.runtime.buffers import Packed as PackedBuffer
 from grace_opt.runtime.kernels import triton
 from grace_opt.runtime.kernels.contract import Request
-from grace_opt.runtime.layer import PrunedLayer
-from grace_opt.runtime.side import Side
+
+if TYPE_CHECKING:
+    from grace_opt.runtime.layer import PrunedLayer
+    from grace_opt.runtime.side import Side
 
 INTERPRETED = False  # tests run the kernel on CPUs, in Triton's interpreter
 

@@ -1,0 +1,1 @@
+"""Exports: what inference runtimes really run of a mask. One module a target (`grace_opt.export.target`)."""
