@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -180,33 +180,17 @@ class MethodOptions:
 
     def made(self, given: Mapping[str, Any], budgets: Sequence[Budget]) -> Method:
         """The method with these options. Raises InputError for one that is unknown, wrong or without effect."""
+        from grace_opt.compression.from_bundle import require_effect
         from grace_opt.compression.method import method
 
         if given.get("budget", "shared") not in ("uniform", "shared"):
             raise InputError(f"the budget must be uniform or shared, got {given['budget']!r}")
         made = method(self.method, given)
-        _require_effect(made, given, budgets)
+        require_effect(made, given, budgets)
         return made
 
 
 #: Options of a method that say how a prompt is compressed, where a bundle says it already.
-_OF_PROMPTS = ("objective", "value_objective", "prunable_only", "solver", "tokens", "token_options", "token_share")
-
-
-def _require_effect(method: Method, given: Collection[str], budgets: Sequence[Budget]) -> None:
-    """Refuse options that would be without effect."""
-    for name in _OF_PROMPTS:
-        if name in given:
-            cure = "give --solver" if name == "solver" else "calibrate, evaluate and generate have it"
-            raise InputError(f"the method's option {name} is for prompts, and has no effect on a bundle; {cure}")
-    kind = method.sharing.budget
-    for name, needed in {"floor": "shared", "value_weight": "shared", "rounding": "uniform"}.items():
-        if name in given and kind != needed:
-            raise InputError(f"{name} has no effect in a {kind} budget; leave it out, or give --budget {needed}")
-    if "value_weight" in given and all(each.bytes_per_token is None for each in budgets):
-        raise InputError("value_weight has no effect on ratios; leave it out, or give --budget-bytes")
-
-
 @dataclasses.dataclass(frozen=True)
 class LimitOptions:
     """When the solve of a head ends."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,24 @@ if TYPE_CHECKING:  # torch is loaded for masks only: problems are made without i
     from grace_opt.compression.codec import Codec
     from grace_opt.compression.mask import KVMask
     from grace_opt.compression.plan import CachePlan
+
+
+#: options of methods that only a prompt has a use for
+OF_PROMPTS = ("objective", "value_objective", "prunable_only", "solver", "tokens", "token_options", "token_share")
+
+
+def require_effect(method: Method, given: Collection[str], budgets: Sequence[Budget]) -> None:
+    """Raise InputError for an option, of those ``given``, that has no effect on a bundle under these budgets."""
+    for name in OF_PROMPTS:
+        if name in given:
+            cure = "give --solver" if name == "solver" else "calibrate, evaluate and generate have it"
+            raise InputError(f"the method's option {name} is for prompts, and has no effect on a bundle; {cure}")
+    kind = method.sharing.budget
+    for name, needed in {"floor": "shared", "value_weight": "shared", "rounding": "uniform"}.items():
+        if name in given and kind != needed:
+            raise InputError(f"{name} has no effect in a {kind} budget; leave it out, or give --budget {needed}")
+    if "value_weight" in given and all(each.bytes_per_token is None for each in budgets):
+        raise InputError("value_weight has no effect on ratios; leave it out, or give --budget-bytes")
 
 
 def problems_of(bundle: GraphBundle, method: Method, budget: Budget) -> list[SubsetProblem]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from grace_opt.compare import Instance, instances_of
 from grace_opt.compression.budget import Budget
+from grace_opt.compression.from_bundle import require_effect
 from grace_opt.compression.method import Method, method
 from grace_opt.errors import InputError
 from grace_opt.graphs import GraphBundle, load_bundle
@@ -18,18 +19,6 @@ from grace_opt.service.db.blobs import BlobStore
 from grace_opt.solution import Limits, Solver
 
 #: Options of a method that say how a prompt is compressed, where the bundle and the run's solvers say it already.
-OF_PROMPTS = frozenset(
-    (
-        "objective",
-        "value_objective",
-        "prunable_only",
-        "solver",
-        "offline_solver",
-        "tokens",
-        "token_options",
-        "token_share",
-    )
-)
 #: Field of a request's config -> the method's option that says the same.
 CONFIGURED = {"protect": "protection", "recent_window": "recent_window", "sinks": "sinks"}
 
@@ -70,8 +59,8 @@ def plan(blobs: BlobStore, request: Mapping[str, Any]) -> Work:
 def method_of(request: Mapping[str, Any]) -> Method:
     """The method of a request, with what its ``config`` says. Raises InputError for what is unknown or said twice."""
     options = dict(request["method_options"])
-    for name in OF_PROMPTS & set(options):
-        raise InputError(f"the method's option {name} is for prompts, and has no effect on a bundle; leave it out")
+    if "offline_solver" in options:
+        raise InputError("the method's option offline_solver has no effect on a run; name its solvers")
     for name, option in CONFIGURED.items():
         value = request["config"][name]
         if value is None:
@@ -80,6 +69,7 @@ def method_of(request: Mapping[str, Any]) -> Method:
             raise InputError(f"config.{name} and the method's option {option} say the same; give one of them")
         options[option] = ("default" if value else None) if name == "protect" else value
     made = method(request["method"], options)
+    require_effect(made, request["method_options"], [Budget(bytes_per_token=each) for each in request["budget_bytes"]])
     if request["config"]["readout"] == "static" and made.readout.readout_fit == "none":
         raise InputError(f"the method {request['method']!r} has no read-out that could be static; leave readout out")
     return made
