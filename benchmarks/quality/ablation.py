@@ -35,9 +35,9 @@ OURS: dict[str, dict[str, Any]] = {
     "a span a query (exact)": {"spans": None},
     "graph: logit": {"objective": "logit"},
     "graph: centered": {"objective": "centered"},
-    "read-out: none": {"readout": "none"},
-    "read-out: mean": {"readout": "mean"},
-    "read-out: least squares": {"readout": "least-squares"},
+    "read-out: none": {"readout_fit": "none"},
+    "read-out: mean": {"readout_fit": "mean"},
+    "read-out: least squares": {"readout_fit": "least-squares"},
     "mixing 0.3": {"mixing": 0.3},
     "budget: uniform": {"budget": "uniform"},
     "multiples of 8": {"align": 8, "floor": 8},
@@ -47,12 +47,12 @@ OURS: dict[str, dict[str, Any]] = {
 }
 GRACE: dict[str, dict[str, Any]] = {
     "grace": {},
-    "grace, prunable tokens only": {"aligned": True},
+    "grace, prunable tokens only": {"prunable_only": True},
     "grace, no protection": {"protection": None},
     "grace, protection 10 %": {"protection": Protection(1.0, 0.10, 0.10)},
     "grace, protection 20 %": {"protection": Protection(1.0, 0.20, 0.20)},
     "grace, no sinks": {"sinks": 0},
-    "grace, least-squares read-out": {"readout": "least-squares"},
+    "grace, least-squares read-out": {"readout_fit": "least-squares"},
 }
 
 
@@ -67,8 +67,8 @@ def main(
 ) -> None:
     """Measure and print; the p-value is of the paired test against the first row."""
     loaded, tokenizer, chosen = load(model, text, documents, prefix, scored)
-    runs = [named(label, "grace-opt", ratio, **fields) for label, fields in OURS.items()]
-    runs += [named(label, "grace", ratio, **fields) for label, fields in GRACE.items()]
+    trials = [named(label, "grace-opt", ratio, **fields) for label, fields in OURS.items()]
+    trials += [named(label, "grace", ratio, **fields) for label, fields in GRACE.items()]
     rows = [
         {
             "policy": r["method"],
@@ -76,7 +76,7 @@ def main(
             "p": r["against_first"],
             "bytes/token": round(r["bytes_per_token"]),
         }
-        for r in measure(loaded, tokenizer, chosen, runs)
+        for r in measure(loaded, tokenizer, chosen, trials)
     ]
     show(f"Keys at {ratio:g}, {documents} documents", rows, format)
 

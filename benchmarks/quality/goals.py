@@ -29,11 +29,12 @@ from study import (
     shown,
 )
 
+from grace_opt.compression.apply import apply
 from grace_opt.compression.budget import Budget
-from grace_opt.compression.method import METHODS, compress
+from grace_opt.compression.method import METHODS, Windows
+from grace_opt.evaluate.capture import capture
 from grace_opt.evaluate.documents import Passages, read_documents
-from grace_opt.evaluate.prefill import prefill
-from grace_opt.evaluate.run import Run, prompts
+from grace_opt.evaluate.run import Trial, prompts
 from grace_opt.graphs.objectives import KEY_OBJECTIVES
 
 NAMES = ("think", "grace", "grace-opt")
@@ -53,39 +54,41 @@ def main(
     loaded, tokenizer, chosen = load(model, text, documents, prefix, scored)
     for name in part or PARTS:
         if name == "keys":
-            runs = [named(each, each, ratio) for ratio in (0.5, 0.6, 0.7, 0.8) for each in NAMES]
-            runs += [named(each, each, ratio) for ratio in (0.5, 0.7) for each in ("streaming", "svd", "kq-svd")]
-            records = measure(loaded, tokenizer, chosen, runs)
+            trials = [named(each, each, ratio) for ratio in (0.5, 0.6, 0.7, 0.8) for each in NAMES]
+            trials += [named(each, each, ratio) for ratio in (0.5, 0.7) for each in ("streaming", "svd", "kq-svd")]
+            records = measure(loaded, tokenizer, chosen, trials)
             show(f"Keys: KL a token, nats, {documents} documents", by_method(records), format)
             show("Against think at the same ratio", [_against(record, records) for record in records], format)
         elif name == "values":
             full = _full_bytes(loaded, chosen)
-            runs = [
-                Run("grace-opt", METHODS["grace-opt"], Budget(bytes_per_token=share * full))
+            trials = [
+                Trial("grace-opt", METHODS["grace-opt"], Budget(bytes_per_token=share * full))
                 for share in (0.5, 0.4, 0.3)
             ]
-            runs += [
+            trials += [
                 named("think, keys only", "think", 0.5),
                 named("think", "think", 0.6, 0.4),
                 named("think", "think", 0.6, 0.6),
             ]
-            show("Keys and values", [_bytes_row(record) for record in measure(loaded, tokenizer, chosen, runs)], format)
+            show(
+                "Keys and values", [_bytes_row(record) for record in measure(loaded, tokenizer, chosen, trials)], format
+            )
         elif name == "generated":
-            runs = [named(each, each, ratio) for ratio in (0.5, 0.7) for each in NAMES]
-            runs += [
+            trials = [named(each, each, ratio) for ratio in (0.5, 0.7) for each in NAMES]
+            trials += [
                 named("grace-opt, 128 queries", "grace-opt", ratio, observation_window=128) for ratio in (0.5, 0.7)
             ]
-            records = measure(loaded, tokenizer, chosen, runs, prune_generated=True)
+            records = measure(loaded, tokenizer, chosen, trials, generated="prune")
             show("Keys, scored tokens pruned as they leave the window", by_method(records), format)
         elif name == "needle":
             _, needles = prompts(
                 loaded, tokenizer, read_documents(text), prefix, scored, 1, [4096], [0.1, 0.3, 0.5, 0.7, 0.9]
             )
-            runs = [named("whole", "grace-opt", 0.0)] + [
+            trials = [named("whole", "grace-opt", 0.0)] + [
                 named(each, each, ratio) for ratio in (0.5, 0.7) for each in (*NAMES, "streaming")
             ]
             one = Passages(chosen.ids[:1], chosen.names[:1], prefix, scored, 0)
-            records = measure(loaded, tokenizer, one, runs, needles=needles)
+            records = measure(loaded, tokenizer, one, trials, needles=needles)
             rows = [{"method": r["method"], "ratio": r["ratio"], "needles found": shown(r["needle"])} for r in records]
             show("Needles in 4096 tokens", rows, format)
         elif name == "positions":
@@ -130,26 +133,26 @@ def _bytes_row(record: Record) -> Record:
 
 
 def _full_bytes(model: Any, chosen: Passages) -> float:
-    state = prefill(model, chosen.ids[0][:64], 63, 1)
-    return sum(2 * state.past.layers[i].keys[0, :, 0].nbytes for i in state.queries)
+    captured = capture(model, chosen.ids[0][:64], 63, 1)
+    return sum(2 * captured.past.layers[i].keys[0, :, 0].nbytes for i in captured.queries)
 
 
 def _cost(model: Any, chosen: Passages) -> list[Record]:
     """Selection of all layers beside the prefill of the same prompt, and objectives beside `logit`."""
     rows: list[Record] = []
     for ids in chosen.ids[:3]:
-        state = prefill(model, ids, chosen.prefix, 32)
-        row: Record = {"prefill": state.seconds}
+        captured = capture(model, ids, chosen.prefix, 32)
+        row: Record = {"prefill": captured.seconds}
         with torch.inference_mode():
             for name in ("think", "grace", "grace-opt"):
-                policy = METHODS[name]
-                state._observed.clear()
+                method = METHODS[name]
+                captured._observed.clear()
                 began = time.perf_counter()
-                compress(policy, state.observed(32, policy.recent_window, policy.sinks, policy.spans), Budget(0.6))
+                apply(method, captured.observed(32, method.windows, method.selection.spans), Budget(0.6))
                 row[name] = time.perf_counter() - began
             for name, spans in (("logit", None), ("centered", None), ("attention", 2), ("attention", None)):
-                state._observed.clear()
-                layers = state.observed(32, 32, 4, spans)
+                captured._observed.clear()
+                layers = captured.observed(32, Windows(), spans)
                 began = time.perf_counter()
                 for seen in layers.values():
                     KEY_OBJECTIVES[name](seen)

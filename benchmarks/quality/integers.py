@@ -27,7 +27,7 @@ from study import (
     shown,
 )
 
-from grace_opt.evaluate.run import Run
+from grace_opt.evaluate.run import Trial
 
 KEYS = [(0.0, 8), (0.0, 4), (0.0, 3), (0.0, 2), (0.25, 4), (0.25, 3), (0.5, 4), (0.5, 3), (0.5, 2), (0.7, 4), (0.7, 3)]
 BOTH = [
@@ -49,19 +49,19 @@ def main(
     loaded, tokenizer, chosen = load(model, text, documents, prefix, scored)
     for name in part or ("keys", "values", "both"):
         if name == "both":
-            runs = [
+            trials = [
                 named(_label(f"{r:g} / {rv:g}", f"{b} / {bv}"), "grace-opt", r, rv, key_bits=b, value_bits=bv)
                 for r, rv, b, bv in BOTH
             ]
             bits = [((1 - r) * (b + 1) + (1 - rv) * (bv + 1)) / 2 for r, rv, b, bv in BOTH]
         else:
             kind = name.removesuffix("s")
-            runs = [_one(kind, ratio, bits) for ratio, bits in KEYS]
+            trials = [_one(kind, ratio, bits) for ratio, bits in KEYS]
             bits = [(1 - ratio) * (b + 1) for ratio, b in KEYS]
             if kind == "key":
-                runs += [named(f"think's {ratio}, 4 bit", "think", ratio, key_bits=4) for ratio in (0.5, 0.6)]
+                trials += [named(f"think's {ratio}, 4 bit", "think", ratio, key_bits=4) for ratio in (0.5, 0.6)]
                 bits += [2.5, 2.0]
-        records = measure(loaded, tokenizer, chosen, runs)
+        records = measure(loaded, tokenizer, chosen, trials)
         rows: list[Record] = [
             {"bits an element": each, "policy": record["method"], "KL": shown(record["kl"])}
             for each, record in zip(bits, records, strict=True)
@@ -70,7 +70,7 @@ def main(
         show(f"{name.capitalize()}, {documents} documents", rows, format)
 
 
-def _one(kind: str, ratio: float, bits: int) -> Run:
+def _one(kind: str, ratio: float, bits: int) -> Trial:
     options: dict[str, Any] = {f"{kind}_bits": bits}
     ratios = (ratio, 0.0) if kind == "key" else (0.0, ratio)
     return named(_label(f"{ratio:g}", str(bits)), "grace-opt", *ratios, **options)

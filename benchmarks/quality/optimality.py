@@ -36,14 +36,14 @@ def main(
     loaded, tokenizer, chosen = load(model, text, documents, prefix, scored)
     cases = [(name, readout) for name in ("logit", "centered", "attention") for readout in ("none", "attention")]
     solvers = ("independent", "greedy", "branch-and-bound")
-    runs = []
+    trials = []
     for ratio in (0.5, 0.7):
         for objective, readout in cases:
             for solver in solvers:
                 label = f"{objective}, read-out {readout}, {solver}"
-                fields = {"objective": objective, "readout": readout, "solver": solver, "budget": "uniform"}
-                runs.append(named(label, "grace-opt", ratio, **fields))
-    records = measure(loaded, tokenizer, chosen, runs)
+                fields = {"objective": objective, "readout_fit": readout, "solver": solver, "budget": "uniform"}
+                trials.append(named(label, "grace-opt", ratio, **fields))
+    records = measure(loaded, tokenizer, chosen, trials)
     show(f"Uniform budget, {documents} documents", by_method(records), format)
     rows = []
     for i in range(0, len(records), len(solvers)):

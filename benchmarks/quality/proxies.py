@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from scipy.stats import spearmanr
 from study import (
@@ -24,18 +25,18 @@ from study import (
     ScoredOption,
     TextOption,
     load,
+    named,
     show,
 )
 
-from grace_opt.compression.budget import Budget
-from grace_opt.compression.headmaps import Compression, LayerMaps, channel_map
-from grace_opt.compression.method import METHODS, compress
-from grace_opt.evaluate.prefill import log_probabilities, prefill
+from grace_opt.compression.channels import Channels
+from grace_opt.compression.method import Windows
+from grace_opt.compression.plan import CachePlan, LayerPlan
+from grace_opt.evaluate.capture import Captured, capture
+from grace_opt.evaluate.replay import dense, log_probabilities, replay
 from grace_opt.evaluate.run import divergence
 from grace_opt.evaluate.statistics import bootstrap_mean
 from grace_opt.graphs.objectives import KEY_OBJECTIVES
-
-PLAIN = replace(METHODS["grace-opt"], budget="uniform", readout="none")
 
 
 def main(
@@ -53,12 +54,12 @@ def main(
     correlations: dict[str, list[float]] = {name: [] for name in names}
     near: dict[str, list[float]] = {name: [] for name in names}
     for number, ids in enumerate(chosen.ids):
-        state = prefill(loaded, ids, prefix, 32)
-        dense = list(log_probabilities(state, None))
-        masks = _masks(state, ratio, np.random.default_rng(number))
-        kl = [divergence(state, dense, log_probabilities(state, mask))[0].mean() for mask in masks]
+        captured = capture(loaded, ids, prefix, 32)
+        plain = torch.cat(list(log_probabilities(captured, dense(captured))))
+        masks = _masks(captured, ratio, np.random.default_rng(number))
+        kl = [_kl(captured, plain, mask) for mask in masks]
         for name in names:
-            layers = state.observed(32, 32, 4, 2 if "spans" in name else None)
+            layers = captured.observed(32, Windows(), 2 if "spans" in name else None)
             graphs = {i: KEY_OBJECTIVES[name.split(",")[0]](seen).cpu().numpy() for i, seen in layers.items()}
             errors = [_error(graphs, mask) for mask in masks]
             correlations[name].append(float(spearmanr(errors, kl).statistic))
@@ -80,40 +81,44 @@ def _range(interval: Any) -> str:
     return "" if interval.low is None else f"[{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def _masks(state: Any, ratio: float, rng: np.random.Generator) -> list[Compression]:
-    layers = state.observed(32, 32, 4, 2)
+def _kl(captured: Captured, plain: torch.Tensor, mask: CachePlan) -> float:
+    with torch.inference_mode(), replay(captured, mask) as past:
+        return float(divergence(captured, plain, log_probabilities(captured, past))[0].mean())
+
+
+def _masks(captured: Captured, ratio: float, rng: np.random.Generator) -> list[CachePlan]:
     solvers = ("independent", "greedy", "branch-and-bound")
+    options: dict[str, Any] = {"budget": "uniform", "readout_fit": "none"}
     masks = [
-        compress(replace(PLAIN, objective=objective, solver=solver), layers, Budget(ratio))
+        named("", "grace-opt", ratio, objective=objective, solver=solver, **options).plan(captured)
         for objective in ("logit", "centered", "attention")
         for solver in solvers
     ]
     for base in (masks[1], masks[7]):
-        masks += [_mixed(base, layers, share, rng) for share in (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)]
+        masks += [_mixed(base, share, rng) for share in (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)]
     return masks
 
 
-def _mixed(base: Compression, layers: Any, share: float, rng: np.random.Generator) -> Compression:
+def _mixed(base: CachePlan, share: float, rng: np.random.Generator) -> CachePlan:
     """A mask with a share of each head's pruned channels exchanged for kept ones, at random."""
-    maps = {}
-    for i, seen in layers.items():
+    layers: dict[int, LayerPlan] = {}
+    for layer in base:
         heads = []
-        for head in base.layers[i].heads["key"]:
-            n, keep = len(head.constant), head.encode.numpy()
-            pruned = np.setdiff1d(np.arange(n), keep)
+        for codec in layer.codecs["key"]:
+            keep, pruned = np.split(codec.order.numpy(), [codec.kept])
             count = round(share * min(len(pruned), len(keep)))
             out, into = rng.choice(keep, count, replace=False), rng.choice(pruned, count, replace=False)
-            heads.append(channel_map(np.sort([*np.setdiff1d(keep, out), *into]), n, None, seen.keys.device))
-        maps[i] = LayerMaps({"key": heads})
-    return Compression(maps, base.recent_window, base.sinks)
+            heads.append(Channels.keeping(np.sort([*np.setdiff1d(keep, out), *into]), codec.n))
+        layers[layer.index] = replace(layer, codecs={"key": heads})
+    return CachePlan(layers)
 
 
-def _error(graphs: dict[int, np.ndarray], mask: Compression) -> float:
+def _error(graphs: dict[int, np.ndarray], mask: CachePlan) -> float:
     total = 0.0
     for i, weights in graphs.items():
-        for W, head in zip(weights, mask.layers[i].heads["key"], strict=True):
+        for W, codec in zip(weights, mask.layers[i].codecs["key"], strict=True):
             x = np.ones(len(W))
-            x[head.encode.numpy()] = 0
+            x[codec.keep.numpy()] = 0
             total += float(x @ W @ x)
     return total
 

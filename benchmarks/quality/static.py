@@ -23,10 +23,9 @@ from study import (
     show,
 )
 
-from grace_opt import Calibration, calibrate, mask_from_solutions, solve_many
-from grace_opt.compression.budget import Budget, Sharing, problems_of
+from grace_opt import METHODS, Budget, Calibration, calibrate, mask_from_solutions, problems_of, solve_many
 from grace_opt.evaluate.documents import read_documents
-from grace_opt.evaluate.run import Run, mask_run
+from grace_opt.evaluate.run import Trial
 
 
 def main(
@@ -44,17 +43,17 @@ def main(
         "Python's documentation": [document.text for document in read_documents(None)],
         "other articles": [document.text for document in read_documents(text)][::-1],
     }
-    runs: list[Run] = [named("per prompt / per prompt", "grace-opt", ratio) for ratio in (0.5, 0.7)]
+    trials = [named("per prompt / per prompt", "grace-opt", ratio) for ratio in (0.5, 0.7)]
     for name, pieces in sources.items():
         for words, options in (("", {}), (", windows of 128 queries", {"observation_window": 128})):
             about = Calibration(tokens=windows * prefix, window=prefix, protection=None, **options)  # type: ignore[arg-type]
             bundle = calibrate(loaded, tokenizer, ("\n\n" + piece for piece in pieces), about, text_name=name)
             for ratio in (0.5, 0.7):
-                solutions = solve_many(problems_of(bundle, Budget(ratio), Sharing()), "greedy")
+                solutions = solve_many(problems_of(bundle, METHODS["grace-opt"], Budget(ratio)), "greedy")
                 for scope, label in (("prefill", "per prompt"), ("static", "static"), ("none", "none")):
-                    run = mask_run(f"{name}{words} / {label}", mask_from_solutions(bundle, solutions, readout=scope))
-                    runs.append(Run(run.name, run.policy, Budget(ratio), run.mask))
-    show(f"Mask / read-out, keys, {documents} documents", by_method(measure(loaded, tokenizer, chosen, runs)), format)
+                    mask = mask_from_solutions(bundle, solutions, readout_scope=scope)
+                    trials.append(Trial(f"{name}{words} / {label}", mask, Budget(ratio)))
+    show(f"Mask / read-out, keys, {documents} documents", by_method(measure(loaded, tokenizer, chosen, trials)), format)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the studies share: options, the evaluation of a list of runs, and printing."""
+"""What the studies share: options, the evaluation of a list of trials, and printing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from grace_opt.compression.budget import Budget
 from grace_opt.compression.method import method
 from grace_opt.evaluate.documents import Passages, read_documents
-from grace_opt.evaluate.run import Run, evaluate, prompts
+from grace_opt.evaluate.run import Trial, evaluate, prompts
 from grace_opt.models.load import load_model
 
 Record = dict[str, Any]
@@ -29,9 +29,9 @@ ScoredOption = Annotated[int, typer.Option("--scored", help="Tokens scored after
 FormatOption = Annotated[str, typer.Option("-f", "--format", help="table, markdown or json.")]
 
 
-def named(label: str, of: str, ratio: float, value_ratio: float = 0.0, **overrides: Any) -> Run:
-    """A run of method ``of`` with some fields set, under a label of its own."""
-    return Run(label, method(of, overrides), Budget(ratio, value_ratio))
+def named(label: str, of: str, ratio: float, value_ratio: float = 0.0, **overrides: Any) -> Trial:
+    """Method ``of`` with some fields set, under a label of its own."""
+    return Trial(label, method(of, overrides), Budget(ratio, value_ratio))
 
 
 def load(model: str, text: Path, documents: int, prefix: int, scored: int, skip: int = 0) -> tuple[Any, Any, Passages]:
@@ -41,7 +41,7 @@ def load(model: str, text: Path, documents: int, prefix: int, scored: int, skip:
     return loaded, tokenizer, Passages(chosen.ids[skip:], chosen.names[skip:], prefix, scored, chosen.too_short)
 
 
-def measure(model: Any, tokenizer: Any, chosen: Passages, runs: Sequence[Run], **more: Any) -> list[Record]:
+def measure(model: Any, tokenizer: Any, chosen: Passages, trials: Sequence[Trial], **more: Any) -> list[Record]:
     """The records of `evaluate`, with a line on stderr for every tenth of the way."""
     console = Console(stderr=True)
 
@@ -49,7 +49,7 @@ def measure(model: Any, tokenizer: Any, chosen: Passages, runs: Sequence[Run], *
         if done * 10 // total > (done - 1) * 10 // total:
             console.print(f"{done} of {total} caches scored")
 
-    return evaluate(model, tokenizer, chosen, runs, progress=progress, **more)
+    return evaluate(model, tokenizer, chosen, trials, progress=progress, **more)
 
 
 def shown(interval: Mapping[str, float | None]) -> str:
