@@ -50,5 +50,5 @@ def think_cache(mask: KVMask, config: Any) -> Cache:
     layers = DynamicCache(config=config).layers
     for index, keep in mask.key_keep.items():
         rows = torch.stack([torch.from_numpy(kept).long() for kept in keep])
-        layers[index] = InflatingLayer(rows, mask.recent_window)
+        layers[index] = InflatingLayer(rows, mask.windows.recent_window)
     return Cache(layers=layers)

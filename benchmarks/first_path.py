@@ -20,6 +20,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from runtime import counted_bytes
 from transformers import DynamicCache
 
 import grace_opt.runtime
@@ -95,7 +96,8 @@ def main(
 
     mask = mask_from_solutions(bundle, solve_many(problems, "greedy"))
     prompt = torch.tensor([next(token_windows(read_pieces(None), tokenizer, context, context))])
-    pruned, dynamic = grace_opt.runtime.cache(mask, model), DynamicCache(config=model.config)
+    pruned = grace_opt.runtime.cache(mask, model, generated="prune")
+    dynamic = DynamicCache(config=model.config)
     pairs = []
     with torch.inference_mode():
         for step in range(-1, new_tokens):
@@ -109,17 +111,8 @@ def main(
     rows.append(row(f"decode at {context} tokens", decoding[0], "DynamicCache and SDPA", decoding[1], "ms/token"))
 
     tokens = context + new_tokens
-    whole = mask.sinks + mask.recent_window
-    elements = sum(
-        tokens * (len(kept) + mask.head_dim) + whole * (mask.head_dim - len(kept))
-        for keep in mask.key_keep.values()
-        for kept in keep
-    )
-    measured = grace_opt.runtime.cache_nbytes(pruned)
-    size = model.dtype.itemsize
-    rows.append(
-        row(f"cache at {tokens} tokens", measured / 1e6, "count of what must be kept", size * elements / 1e6, "MB")
-    )
+    measured, counted = pruned.nbytes, counted_bytes(pruned, tokens, model.dtype.itemsize) or 0
+    rows.append(row(f"cache at {tokens} tokens", measured / 1e6, "count of what must be kept", counted / 1e6, "MB"))
     full = grace_opt.runtime.cache_nbytes(dynamic)
     rows.append(row(f"cache at {tokens} tokens", measured / 1e6, "DynamicCache", full / 1e6, "MB"))
 

@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -29,6 +30,7 @@ from transformers.utils import is_optimum_quanto_available
 
 import grace_opt.runtime
 from grace_opt import Calibration, InputError, KVMask, calibrate, load_model, mask_from_solutions, solve_many
+from grace_opt.compression.channels import Channels
 from grace_opt.models.config import text_config
 from grace_opt.models.texts import read_pieces, token_windows
 from grace_opt.runtime.layer import PrunedLayer
@@ -65,23 +67,15 @@ def rows_of(
         )
     else:
         print("no row for transformers' QuantizedCache: optimum-quanto is not installed", file=sys.stderr)
-    rows += [Row("pruned", r, 0, lambda r=r: grace_opt.runtime.cache(mask_of(r), model)) for r in ratios]
-    rows += [Row("pruned", v, v, lambda v=v: grace_opt.runtime.cache(mask_of(v, v), model)) for v in values]
+    cache = partial(grace_opt.runtime.cache, model=model, generated="prune")
+    online = partial(grace_opt.runtime.online_cache, model, generated="prune")
+    rows += [Row("pruned", r, 0, lambda r=r: cache(mask_of(r))) for r in ratios]
+    rows += [Row("pruned", v, v, lambda v=v: cache(mask_of(v, v))) for v in values]
     rows += [
-        Row("pruned, no read-out", first, 0, lambda: grace_opt.runtime.cache(mask_of(first, readout="none"), model)),
-        Row("pruned, static", first, 0, lambda: grace_opt.runtime.cache(mask_of(first), model, max_length=length)),
-        Row(
-            "pruned, 4 bits",
-            first,
-            first,
-            lambda: grace_opt.runtime.cache(mask_of(first, first), model, key_bits=4, value_bits=4),
-        ),
-        Row(
-            "pruned, chosen from the prompt",
-            first,
-            first,
-            lambda: grace_opt.runtime.online_cache(model, ratio=first, value_ratio=first),
-        ),
+        Row("pruned, no read-out", first, 0, lambda: cache(mask_of(first, readout_scope="none"))),
+        Row("pruned, static", first, 0, lambda: cache(mask_of(first), max_length=length)),
+        Row("pruned, 4 bits", first, first, lambda: cache(mask_of(first, first), key_bits=4, value_bits=4)),
+        Row("pruned, chosen from the prompt", first, first, lambda: online(ratio=first, value_ratio=first)),
     ]
     return rows
 
@@ -92,20 +86,20 @@ def masks(model: Any, tokenizer: Any) -> Callable[..., KVMask]:
     bundle = calibrate(model, tokenizer, read_pieces(None), options)
     made: dict[Any, KVMask] = {}
 
-    def mask_of(ratio: float, value_ratio: float = 0.0, readout: str = "prefill") -> KVMask:
-        key = (ratio, value_ratio, readout)
+    def mask_of(ratio: float, value_ratio: float = 0.0, readout_scope: str = "prefill") -> KVMask:
+        key = (ratio, value_ratio, readout_scope)
         if key not in made:
-            problems = bundle.problems(ratio, value_ratio=value_ratio)
-            whole = mask_from_solutions(bundle, solve_many(problems, "greedy"), readout=readout)
-            fields = {name: getattr(whole, name) for name in whole.__dataclass_fields__}
-            made[key] = KVMask(**{**fields, "value_keep": whole.value_keep if value_ratio else {}})
+            part = replace(bundle, heads=tuple(head for head in bundle.heads if value_ratio or head.kind == "key"))
+            solutions = solve_many(part.problems(ratio, value_ratio=value_ratio), "greedy")
+            made[key] = mask_from_solutions(part, solutions, readout_scope=readout_scope)
         return made[key]
 
     return mask_of
 
 
 def counted_bytes(past: Any, tokens: int, element: int) -> int | None:
-    """What must be held for the tokens of a cache: kept channels of all, dropped ones of whole tokens, read-outs.
+    """What must be held for the tokens of a cache: rows of all, residuals of the whole ones and of the spare ones that
+    a crop makes whole, the order of the channels, read-outs.
 
     Of a preallocated cache, all that it has room for; None where packed integers round up, or for a rival.
     """
@@ -113,17 +107,17 @@ def counted_bytes(past: Any, tokens: int, element: int) -> int | None:
     for layer in past.layers:
         for part in layer.parts if isinstance(layer, RaggedLayer) else [layer]:
             if isinstance(part, PrunedLayer):
-                if part.plan.bits:
+                if any(side.codec.block for side in part.sides):
                     return None
-                whole = part.sink_count + min(tokens, part.recent_window)
+                whole = part.sink_count + min(tokens, part.recent_window + part.spare)
                 room = part.columns if part.is_static else tokens
                 total += 8 * part.batch
-                for held in part.held:
-                    rows = part.batch * held.sinks.shape[1]
-                    dropped = held.sinks.shape[3]
-                    total += element * rows * (room * held.width + whole * dropped)
-                    total += element * rows * dropped * (held.width + 1) * (held.matrix is not None)
-                    total += 8 * rows * (held.width + dropped) * held.per_prompt
+                for side in part.sides:
+                    codec, rows = side.codec, part.batch * side.whole.shape[1]
+                    total += element * rows * (room * codec.width + whole * codec.residual_width)
+                    if isinstance(codec, Channels):
+                        readout = codec.residual_width * (codec.width + 1) * (codec.matrix is not None)
+                        total += element * rows * readout + 8 * codec.order.numel()
             elif type(part).__name__.startswith(("Dynamic", "Static")):  # transformers' own, sliding windows too
                 batch, heads, room, width = part.keys.shape
                 total += element * batch * heads * room * (width + part.values.shape[3])
