@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench docs clean
+.PHONY: demo test test-all lint structure bench docs clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,10 +23,14 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist worksteal --durations=10
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --hypothesis-profile=explore -n 2 --dist worksteal
+
+# Circles of imports (none), imports upwards (none), the longest files.
+structure: $(VENV)/.installed
+	$(BIN)/python -m tests.support.structure
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_path.py

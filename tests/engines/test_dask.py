@@ -106,7 +106,8 @@ def test_a_cluster_of_other_processes(scheduler: str, tmp_path: Path) -> None:
         expected = [s.pruned for s in solve_many(heads, "greedy")]
         assert [s.pruned for s in solve_many(heads, "greedy", engine=cluster.outcomes)] == expected
     command = [sys.executable, "-m", "grace_opt", "solve", str(HEADS), "--ratio", "0.6", "--solver", "greedy"]
-    command += ["-o", str(tmp_path / "mask"), "--engine", "dask", "--scheduler", scheduler, "--readout", "none"]
+    command += ["-o", str(tmp_path / "mask"), "--engine", "dask", "--scheduler", scheduler]
+    command += ["--budget", "uniform", "--protect"]  # as the problems of the bundle itself are
     done = subprocess.run([*command, "-f", "json"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [each["pruned"] for each in json.loads(done.stdout)["records"]] == [list(each) for each in expected if each]
