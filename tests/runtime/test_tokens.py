@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import grace_opt.runtime
 from grace_opt import InputError
@@ -23,7 +24,7 @@ from grace_opt.graphs.observed import Observed
 from grace_opt.models.attention import register
 from grace_opt.testing.policies import check_policy
 from tests.support.families import tiny_model
-from tests.support.generation import random_mask
+from tests.support.generation import assert_same, random_mask
 
 SINKS, RECENT = 2, 4
 
@@ -56,8 +57,6 @@ def test_the_kit_passes_for_a_policy_from_outside() -> None:
 
 def planned(model: Any, policy: TokenPolicy, share: float, **options: Any) -> KVMask:
     mask = random_mask(model, 7, values=9, recent_window=RECENT, sinks=SINKS, **options)
-    from dataclasses import replace
-
     rule = TokenRule(policy, share)
     return replace(mask, plan=CachePlan({i: replace(each, tokens=rule) for i, each in mask.plan.layers.items()}))
 
@@ -65,7 +64,8 @@ def planned(model: Any, policy: TokenPolicy, share: float, **options: Any) -> KV
 def dense(model: Any, mask: KVMask, attended: Tensor, prompt: int) -> None:
     """Make the model attend densely over a plain cache, tokens read as their tier says, dropped ones masked.
 
-    Tiers are those of the prompt's own first update, row by row, by definition.
+    Tiers are those of the prompt's own first update, row by row, by definition. Tokens of one update see each other
+    whole; a sliding policy drops for all of them what is out of the first one's reach.
     """
 
     def attend(
@@ -98,8 +98,9 @@ def dense(model: Any, mask: KVMask, attended: Tensor, prompt: int) -> None:
                         outside = token - first >= SINKS
                         in_old = old and prompt_token and first + SINKS <= token < prompt - RECENT
                         if outside and layer.tokens.policy.slides:
-                            tier = Tier.WHOLE if in_old or age < RECENT else Tier.COMPRESSED
-                            tier = tier if age < max(reach, RECENT) else Tier.DROPPED
+                            came = new > 1 and token >= tokens - new
+                            tier = Tier.WHOLE if in_old or age < RECENT or came else Tier.COMPRESSED
+                            tier = tier if tokens - new - token < max(reach, RECENT) else Tier.DROPPED
                         elif outside and not in_old:
                             tier = (
                                 Tier.WHOLE
@@ -145,23 +146,31 @@ def logits(model: Any, past: Any, ids: Tensor, attended: Tensor, chunks: list[in
     return found
 
 
-@pytest.mark.parametrize("generated", ["keep", "prune"])
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize(
-    ("policy", "share"), [(Streaming(), 0.4), (EveryThird(), 0.7), (EveryThird(whole=False), 0.9)], ids=str
-)
-def test_dense_attention_with_dropped_tokens_masked_is_the_same(
-    policy: TokenPolicy, share: float, ragged: bool, generated: str
-) -> None:
-    from transformers import DynamicCache
-
-    model = tiny_model("Llama")
-    mask = planned(model, policy, share, readout="static", ragged=ragged, generated=generated)
+def padded() -> tuple[Tensor, Tensor]:
+    """Three rows of 50 tokens; padding on the left leaves 19, 30 and 4 of a prompt of 30: the last has no old token."""
     ids = torch.randint(3, 99, (3, 50), generator=torch.Generator().manual_seed(3))
     attended = torch.ones_like(ids)
     attended[0, :11] = 0
-    attended[2, :26] = 0  # four tokens: no old one
-    chunks = [30, *[1] * 12]
+    attended[2, :26] = 0
+    return ids, attended
+
+
+RULES = pytest.mark.parametrize(
+    ("policy", "share"), [(Streaming(), 0.4), (EveryThird(), 0.7), (EveryThird(whole=False), 0.9)], ids=str
+)
+GENERATED = pytest.mark.parametrize("generated", ["keep", "prune"])
+
+
+@GENERATED
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("chunks", [[30, *[1] * 12], [30, 1, 5, 1, 1, 3, 1]], ids=["singly", "chunks"])
+@RULES
+def test_dense_attention_with_dropped_tokens_masked_is_the_same(
+    policy: TokenPolicy, share: float, chunks: list[int], ragged: bool, generated: str
+) -> None:
+    model = tiny_model("Llama")
+    mask = planned(model, policy, share, readout="static", ragged=ragged, generated=generated)
+    ids, attended = padded()
     past = grace_opt.runtime.cache(mask, model)
     ours = logits(model, past, ids, attended, chunks)
     assert past.get_seq_length() == 42
@@ -169,6 +178,51 @@ def test_dense_attention_with_dropped_tokens_masked_is_the_same(
     theirs = logits(model, DynamicCache(config=model.config), ids, attended, chunks)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+
+
+@GENERATED
+@pytest.mark.parametrize("offload", [False, True])
+@RULES
+def test_beams_take_their_tokens_along(policy: TokenPolicy, share: float, offload: bool, generated: str) -> None:
+    model = tiny_model("Llama")
+    mask = planned(model, policy, share, readout="static", generated=generated)
+    ids, attended = (each[:, :30] for each in padded())
+
+    def run(past: Any) -> Any:
+        return model.generate(
+            ids,
+            attention_mask=attended,
+            past_key_values=past,
+            max_new_tokens=14,
+            num_beams=3,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+    ours = run(grace_opt.runtime.cache(mask, model, offload=offload))
+    dense(model, mask, torch.cat([attended, torch.ones(3, 14).long()], 1).repeat_interleave(3, 0), 30)
+    assert_same(ours, run(DynamicCache(config=model.config)))
+
+
+@GENERATED
+def test_integers_hold_the_tokens_that_stay(generated: str) -> None:
+    model = tiny_model("Llama", max_position_embeddings=512, initializer_range=0.1)
+    mask = planned(model, EveryThird(), 0.8, readout="static", generated=generated)
+    ids = torch.randint(3, 99, (3, 180), generator=torch.Generator().manual_seed(3))
+    attended = torch.ones_like(ids)
+    attended[0, :37] = 0
+    attended[2, :50] = 0
+    chunks = [150, *[1] * 20, 10]
+    exact, rounded = (
+        logits(model, past := grace_opt.runtime.cache(mask, model, **bits), ids, attended, chunks)
+        for bits in ({}, {"key_bits": 8, "value_bits": 8})
+    )
+    torch.testing.assert_close(torch.cat(rounded[1:]), torch.cat(exact[1:]), atol=0.03, rtol=0)
+    assert (torch.cat(rounded[1:]) - torch.cat(exact[1:])).abs().max() > 0
+    assert past.layers[0].key_side.buffer.packed_tokens > 0
 
 
 def test_bytes_go_down_and_lengths_stay_logical() -> None:

@@ -8,12 +8,20 @@ import numpy as np
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from grace_opt.compression.lowrank import LowRank
 from grace_opt.compression.mask import KVMask
 from grace_opt.heads import Kind
 from grace_opt.models.attention import register
 from grace_opt.problem import SubsetProblem
 
 NAME = "reference_zero_channels"
+
+
+def projected(codec: Any, tokens: Any) -> Any:
+    """Tokens [.., n] of which the first coordinates T x are kept and the others are a constant."""
+    coordinates = tokens.double() @ codec.basis.double().mT
+    coordinates[..., codec.width :] = codec.constant.double()
+    return (coordinates @ torch.linalg.inv(codec.basis.double()).mT).to(tokens.dtype)
 
 
 def greedy_by_objective(problem: SubsetProblem) -> list[int]:
@@ -33,7 +41,7 @@ def greedy_by_objective(problem: SubsetProblem) -> list[int]:
 
 def use_zero_channel_attention(model: Any, mask: KVMask, prompts: dict[int, int] | None = None) -> None:
     """Make ``model`` attend over a plain cache as if ``mask`` had zeroed the pruned channels of old tokens, or as if it
-    read them by its static read-out.
+    read them by its static read-out, or projected them.
 
     The query at slot t sees the key at slot s whole if both came in the same prompt or chunk, if
     t - s < recent_window, or if s is among the row's first ``sinks`` real tokens; where generated tokens are kept, also
@@ -46,6 +54,9 @@ def use_zero_channel_attention(model: Any, mask: KVMask, prompts: dict[int, int]
 
     def read(kind: Kind, layer: int, states: Any) -> Any:
         """Keys or values as pruned tokens are seen."""
+        codecs = mask.plan.layers[layer].codecs.get(kind, ()) if layer in mask.plan.layers else ()
+        if codecs and all(isinstance(codec, LowRank) for codec in codecs):
+            return torch.stack([projected(codec, states[:, head]) for head, codec in enumerate(codecs)], dim=1)
         keeps = mask.key_keep if kind == "key" else mask.value_keep
         if layer not in keeps:
             return states
