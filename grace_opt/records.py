@@ -151,7 +151,7 @@ class EvaluationRecord(_Strict):
     too_short: int = _about("documents left out")
     prefix: int = _about("read before anything is compressed", "tokens")
     scored: int = _about("scored in each document", "tokens")
-    prune_generated: bool = _about("whether scored tokens are pruned as they leave the recent window")
+    generated: str = _about("scored tokens stay whole, or are pruned as they leave the recent window", "keep, prune")
     against_first: float | None = _about("p-value against the first method at the same budget")
     kl_documents: list[float] = _about("each document's KL", "nats a token")
     kl_positions: list[dict[str, float | None]] = _about(

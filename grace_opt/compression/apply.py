@@ -256,7 +256,7 @@ def _chosen_channels(method: Method, rows: Sequence[Observed], kind: Kind, prune
 def _with_readout(codec: Codec, recipe: ReadoutRecipe, rows: Sequence[tuple[Observed, bool]], kind: Kind) -> Codec:
     """Channels, or integers of channels, with a read-out fitted to each row's prunable tokens as they are stored."""
     inner = getattr(codec, "inner", codec)
-    if not isinstance(inner, Channels) or inner.matrix is not None or inner.width == inner.n:
+    if not isinstance(inner, Channels) or inner.constant is not None or inner.width == inner.n:
         return codec
     about = []
     for row, (seen, old) in enumerate(rows):
@@ -272,5 +272,6 @@ def _with_readout(codec: Codec, recipe: ReadoutRecipe, rows: Sequence[tuple[Obse
     mean, covariance = (torch.cat(each) for each in zip(*about, strict=True))
     fitted = fit_many(mean, covariance, inner.width, recipe.ridge, linear=recipe.readout_fit != "mean")
     matrix, constant = (each.view(len(rows), -1, *each.shape[1:]).contiguous() for each in fitted)
-    read = replace(inner, matrix=matrix, constant=constant).to(rows[0][0].keys)
+    linear = recipe.readout_fit != "mean"  # the mean alone holds no matrix of zeros
+    read = replace(inner, matrix=matrix if linear else None, constant=constant).to(rows[0][0].keys)
     return read if inner is codec else replace(codec, inner=read)  # type: ignore[call-arg]

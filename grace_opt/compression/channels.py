@@ -23,7 +23,8 @@ class Channels(Codec):
     Attributes:
         order: int64[.., n], the kept channels, then the others, each ascending.
         kept: how many are kept, d.
-        matrix: B, [.., n - d, d], or None for zeros. ``constant``: [.., n - d]; both or neither.
+        matrix: B, [.., n - d, d], or None for zeros.
+        constant: [.., n - d], or None for zeros.
     """
 
     order: Tensor
@@ -69,9 +70,7 @@ class Channels(Codec):
 
     def residual(self, x: Tensor, z: Tensor) -> Tensor:
         dropped = self._gathered(x, self.order[..., self.width :])
-        if self.matrix is None or self.constant is None:
-            return dropped
-        return dropped - z @ self.matrix.mT - self.constant[..., None, :]
+        return dropped if self.constant is None else dropped - self._estimate(z)
 
     def asked(self, query: Tensor) -> tuple[Tensor, Tensor]:
         ordered = self._gathered(query, self.order)
@@ -80,10 +79,16 @@ class Channels(Codec):
 
     def read(self, total: Tensor, residual: Tensor | None) -> Tensor:
         dropped = total.new_zeros(*total.shape[:-1], self.residual_width) if residual is None else residual
-        if self.matrix is not None and self.constant is not None:
-            dropped = dropped + total @ self.matrix.mT + self.constant[..., None, :]
+        if self.constant is not None:
+            dropped = dropped + self._estimate(total)
         ordered = torch.cat([total, dropped], dim=-1)
         return torch.empty_like(ordered).scatter_(-1, self.order[..., None, :].expand(ordered.shape), ordered)
+
+    def _estimate(self, z: Tensor) -> Tensor:
+        """What the dropped channels are read as from rows z."""
+        assert self.constant is not None
+        constant = self.constant[..., None, :]
+        return constant if self.matrix is None else z @ self.matrix.mT + constant
 
     def _gathered(self, x: Tensor, channels: Tensor) -> Tensor:
         return x.gather(-1, channels[..., None, :].expand(*x.shape[:-1], channels.shape[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -343,14 +343,17 @@ def _codec(
     assert keep is not None
     readout = None
     if fields:
-        readout = Readout(fields["constant"].astype(np.float64), fields["matrix"].astype(np.float64))
+        constant = fields["constant"].astype(np.float64)
+        matrix = fields.get("matrix", np.zeros((len(constant), len(keep)), np.float32))
+        readout = Readout(constant, matrix.astype(np.float64))
     if parameters["width"] != len(keep):
         raise InputError(
             f"the mask's {prefix} should keep {parameters['width']} channels and its tensor keeps {len(keep)}; make "
             "the mask again"
         )
     size = n if n is not None else len(keep) + (len(readout.constant) if readout else parameters["n"] - len(keep))
-    return _channels(keep, size, readout, f"the mask's {prefix}")
+    channels = _channels(keep, size, readout, f"the mask's {prefix}")
+    return channels if "matrix" in fields else replace(channels, matrix=None)
 
 
 def _keep(tensors: Mapping[str, np.ndarray], prefix: str, used: set[str]) -> Keep:

@@ -55,6 +55,11 @@ class Trial:
             return self.what.options()
         return {**asdict(self.what.windows), "readout_scope": self.what.readout_scope, "solver": self.what.solver}
 
+    @property
+    def generated(self) -> Generated:
+        """What becomes of generated tokens, as the method or the mask says."""
+        return self.what.windows.generated
+
     def plan(self, captured: Captured, generated: Generated | None = None) -> CachePlan:
         """The plan for a prompt. Raises InputError for what the method or the mask cannot do with it."""
         if isinstance(self.what, KVMask):
@@ -174,12 +179,12 @@ def evaluate(
                 text = tokenizer.decode(greedy_tokens(captured, past, ANSWER_TOKENS))
             result.needles.append((prompt.length, prompt.depth, found(text, prompt.answer)))
             step()
-    about |= {"full_bytes_per_token": full, "generated": generated}
+    about |= {"full_bytes_per_token": full}
     about |= {name: getattr(chosen, name) for name in ("prefix", "scored", "too_short")}
     records = []
     for trial, result in zip(trials, measured, strict=True):
         rival = next((other for of, other in zip(trials, measured, strict=True) if of.budget == trial.budget), result)
-        records.append(_record(trial, result, rival, about, seed))
+        records.append(_record(trial, result, rival, about | {"generated": generated or trial.generated}, seed))
     return records
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -84,6 +84,7 @@ CASES: dict[str, Codec] = {
     "whole": Whole(16),
     "channels": channels(False),
     "channels with a read-out": channels(True),
+    "channels read as their mean": replace(channels(True), matrix=None),
     "no channel": Channels.keeping([], 16),
     "all channels": Channels.keeping(np.arange(16), 16),
     "svd": lowrank(6, False),

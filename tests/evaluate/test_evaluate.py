@@ -23,6 +23,7 @@ from grace_opt.evaluate.capture import Captured, capture
 from grace_opt.evaluate.documents import Document
 from grace_opt.evaluate.replay import dense, greedy_tokens, log_probabilities, replay
 from grace_opt.evaluate.run import Trial, evaluate, mask_trial, prompts, trials
+from grace_opt.records import EvaluationRecord, check
 from grace_opt.runtime.cache import cache_nbytes
 from tests.support.families import FAMILIES, ByteTokenizer, tiny_model
 
@@ -187,6 +188,8 @@ def test_every_family_is_evaluated(family: str) -> None:
         assert len(record["kl_documents"]) == 2
         assert len(record["kl_positions"]) == 8
         json.dumps(record, allow_nan=False)
+        check(EvaluationRecord, record)
+        assert record["generated"] == "keep"
     if family == "Gemma3Text":
         assert records[0]["layers"] == [1]
 
