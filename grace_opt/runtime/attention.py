@@ -83,7 +83,7 @@ def _follow(
     query: Tensor, handle: Handle, mask: Tensor | None, scaling: float, dropout: float, changed: Tensor | None
 ) -> Tensor:
     """Attention of tokens that follow a prompt: [B, n, Hq, Dv]."""
-    mask = handle.layer.slot_mask(mask)
+    mask = handle.layer.slot_mask(mask, handle.new)
     handle.layer.follow(handle, mask)
     return attend(Request(query, handle, mask, scaling, dropout, changed)).transpose(1, 2).contiguous()
 

@@ -103,7 +103,8 @@ def cache(
 
     Raises:
         InputError: for a mask of another model, a mask that this runtime cannot execute (pruned prefill), a model whose
-            attention cannot be replaced, or integers or a token policy in a preallocated cache.
+            attention cannot be replaced, integers or a token policy in a preallocated cache, or integers under a policy
+            that drops tokens one by one as others come.
     """
     given = load_mask(mask) if isinstance(mask, str | Path) else mask
     require_attention_interface(model)
@@ -164,6 +165,7 @@ def _assembled(model: PreTrainedModel, plan: CachePlan, max_length: int | None, 
                 f"layer {index} of this model needs a {kinds[index].__name__}, whose channels cannot be pruned yet; "
                 "leave the layer out of the mask"
             )
+        _check_sliding(layer_plan)
         layers[index] = _layer(layer_plan, max_length)
         layers[index].offloading = offload
     past = PrunedCache(layers=layers)
@@ -175,12 +177,26 @@ def _check_preallocated(plan: CachePlan, max_length: int) -> None:
     if max_length < 1:
         raise InputError(f"max_length must be at least 1, got {max_length}")
     for layer in plan:
-        codecs = [codec for each in layer.codecs.values() for codec in each]
-        chosen = layer.choice.method if layer.choice is not None else None
-        if any(codec.block for codec in codecs) or (chosen and (chosen.key_bits or chosen.value_bits)):
+        if _packs(layer):
             raise InputError("integers need a cache that grows; leave out max_length, or key_bits and value_bits")
         if layer.tokens is not None:
             raise InputError("a token policy needs a cache that grows; leave out max_length")
+
+
+def _check_sliding(plan: LayerPlan) -> None:
+    rule = plan.tokens
+    if rule is not None and rule.policy.slides and plan.windows.generated == "prune" and _packs(plan):
+        raise InputError(
+            f"the token policy {rule.policy.name!r} drops tokens one by one as others come, and integers are held in "
+            "blocks; keep generated tokens (generated: keep), or hold rows as they are (bits: 0)"
+        )
+
+
+def _packs(plan: LayerPlan) -> bool:
+    """Whether tokens are held in blocks."""
+    chosen = plan.choice.method if plan.choice is not None else None
+    packed = any(codec.block for codecs in plan.codecs.values() for codec in codecs)
+    return packed or bool(chosen and (chosen.key_bits or chosen.value_bits))
 
 
 def _layer(plan: LayerPlan, max_length: int | None) -> PrunedLayer | RaggedLayer:

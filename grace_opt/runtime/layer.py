@@ -259,9 +259,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.offloading:
             self.offload()
 
-    def slot_mask(self, mask: Tensor | None) -> Tensor | None:
-        """A mask of slots [B or 1, 1, n, slots] from one of positions [B or 1, 1, n, T]."""
-        return mask if self.slots is None else self.slots.mask(mask, lambda: self.causal(1))
+    def slot_mask(self, mask: Tensor | None, new: int) -> Tensor | None:
+        """A mask of slots [B or 1, 1, new, slots] from one of positions [B or 1, 1, new, T]."""
+        return mask if self.slots is None else self.slots.mask(mask, lambda: self.causal(new))
 
     def causal(self, new: int) -> Tensor:
         """bool[1, 1, new, slots]: which slots the last ``new`` tokens may see."""

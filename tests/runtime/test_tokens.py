@@ -284,6 +284,36 @@ def test_integers_beams_crop_and_choice_from_the_prompt() -> None:
     assert model.generate(ids, past_key_values=grace_opt.runtime.cache(plan, model), **common).shape == (2, 162)
 
 
+@RULES
+def test_without_a_mask_no_token_sees_a_later_one(policy: TokenPolicy, share: float) -> None:
+    """Rows of which different numbers of tokens stay, several new tokens at once, and no mask from the model."""
+    from grace_opt.runtime.attention import attention
+
+    @dataclass(frozen=True)
+    class ByRow(TokenPolicy):
+        name: ClassVar[str] = "by-row"
+
+        def tiers(self, seen: Observed, share: float) -> Tensor:
+            return policy.tiers(seen, share if seen.keys[0, 0, 0] > 0 else share / 2)
+
+    model = tiny_model("Llama")
+    module = model.model.layers[0].self_attn
+    rng = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, heads, 40, 16, generator=rng) for heads in (4, 2, 2)]
+    states[1][:, :, 0] = torch.tensor([1.0, -1.0])[:, None, None]
+    found = []
+    for masked in (True, False):
+        layer = grace_opt.runtime.cache(planned(model, ByRow(), share, generated="keep"), model).layers[0]
+        for low, high in ((0, 35), (35, 40)):
+            query, key, value = (each[:, :, low:high] for each in states)
+            seen = (torch.arange(high) <= torch.arange(low, high)[:, None])[None, None].expand(2, -1, -1, -1)
+            out, _ = attention(module, query, *layer.update(key, value), seen if masked or low == 0 else None)
+        found.append(out)
+    assert layer.slots is not None
+    assert (layer.slots.positions < 0).any()
+    torch.testing.assert_close(*found)
+
+
 def test_what_cannot_be_is_a_sentence() -> None:
     @dataclass(frozen=True)
     class Short(TokenPolicy):
@@ -298,3 +328,13 @@ def test_what_cannot_be_is_a_sentence() -> None:
         model(input_ids=ids, past_key_values=grace_opt.runtime.cache(planned(model, Short(), 0.5), model))
     with pytest.raises(InputError, match="a token policy needs a cache that grows"):
         grace_opt.runtime.cache(planned(model, Streaming(), 0.5), model, max_length=80)
+    mask = planned(model, Streaming(), 0.5)
+    with pytest.raises(InputError, match="'streaming' drops tokens one by one .* integers are held in blocks"):
+        grace_opt.runtime.cache(mask, model, key_bits=4, value_bits=4)
+    past = grace_opt.runtime.cache(mask, model, key_bits=4, value_bits=4, generated="keep")
+    with torch.no_grad():
+        for part in (ids, ids[:, :1]):
+            model(input_ids=part, past_key_values=past)
+    streaming = method("streaming", {"key_bits": 4, "generated": "prune"})
+    with pytest.raises(InputError, match="integers are held in blocks"):
+        grace_opt.runtime.online_cache(model, streaming, ratio=0.5, value_ratio=0.5)
