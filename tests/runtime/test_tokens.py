@@ -284,6 +284,56 @@ def test_integers_beams_crop_and_choice_from_the_prompt() -> None:
     assert model.generate(ids, past_key_values=grace_opt.runtime.cache(plan, model), **common).shape == (2, 162)
 
 
+@GENERATED
+@pytest.mark.parametrize("ragged", [False, True])
+def test_cropped_tokens_might_never_have_come(ragged: bool, generated: str) -> None:
+    model = tiny_model("Llama")
+    mask = planned(model, EveryThird(), 0.7, readout="static", ragged=ragged, generated=generated)
+    ids, attended = padded()
+    expected = logits(model, grace_opt.runtime.cache(mask, model), ids, attended, [30, *[1] * 8, 4])
+    past = grace_opt.runtime.cache(mask, model)
+    logits(model, past, ids, attended, [30, *[1] * 8, 3])
+    past.crop(-RECENT)
+    assert past.get_seq_length() == 37
+    positions = (attended.cumsum(-1) - 1).clamp(min=0)
+    for part, theirs in ((slice(37, 38), expected[8]), (slice(38, 42), expected[9])):
+        with torch.no_grad():
+            mine = model(
+                input_ids=ids[:, part],
+                attention_mask=attended[:, : part.stop],
+                position_ids=positions[:, part],
+                past_key_values=past,
+            ).logits
+        torch.testing.assert_close(mine.flatten(0, 1), theirs, atol=1e-4, rtol=0)
+
+
+@RULES
+def test_cache_operations_follow_the_batch(policy: TokenPolicy, share: float) -> None:
+    model = tiny_model("Llama")
+    mask = planned(model, policy, share, readout="static")
+    ids, attended = padded()
+
+    def after(change: Any, rows: list[int]) -> Tensor:
+        """Logits after the prompt, of a cache that was changed so that it has these rows."""
+        past = grace_opt.runtime.cache(mask, model)
+        logits(model, past, ids, attended, [30])
+        change(past)
+        with torch.no_grad():
+            steps = [
+                model(input_ids=ids[rows, at : at + 1], attention_mask=attended[rows, : at + 1], past_key_values=past)
+                for at in range(30, 37)
+            ]
+        return torch.cat([step.logits for step in steps], 1)
+
+    plain = after(lambda past: None, [0, 1, 2])
+    for change, rows in (
+        (lambda past: past.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0]),
+        (lambda past: past.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda past: past.batch_select_indices(torch.tensor([1])), [1]),
+    ):
+        torch.testing.assert_close(after(change, rows), plain[rows], atol=1e-4, rtol=0)
+
+
 @RULES
 def test_without_a_mask_no_token_sees_a_later_one(policy: TokenPolicy, share: float) -> None:
     """Rows of which different numbers of tokens stay, several new tokens at once, and no mask from the model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,11 @@ from torch import Tensor
 import grace_opt.runtime
 from grace_opt import InputError
 from grace_opt.compression.integers import Packed, quantise
+from grace_opt.compression.lowrank import LowRank
+from grace_opt.compression.plan import CachePlan
+from grace_opt.compression.tokens.base import Tier, TokenPolicy, TokenRule
+from grace_opt.compression.tokens.streaming import Streaming
+from grace_opt.graphs.observed import Observed
 from grace_opt.runtime.kernels import choose, split
 from grace_opt.runtime.kernels import triton as kernel
 from grace_opt.runtime.kernels.triton import Tokens, decode
@@ -352,21 +357,70 @@ def test_default_splits_fill_the_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recent_window", "sinks", "ragged", "static"),
-    [(0, 0, False, False), (4, 2, True, False), (4, 2, False, True), (500, 3, False, True)],
+    ("recent_window", "sinks", "generated", "ragged", "static"),
+    [
+        (0, 0, "prune", False, False),
+        (4, 2, "prune", True, False),
+        (4, 2, "keep", True, False),
+        (4, 2, "prune", False, True),
+        (500, 3, "prune", False, True),
+    ],
 )
 def test_generation_is_the_same_by_the_kernel(
-    monkeypatch: pytest.MonkeyPatch, recent_window: int, sinks: int, ragged: bool, static: bool
+    monkeypatch: pytest.MonkeyPatch, recent_window: int, sinks: int, generated: str, ragged: bool, static: bool
 ) -> None:
     """Padded rows, grouped queries, read-outs: the kernel beside the plain path."""
     model = tiny_model("Llama", num_hidden_layers=1)
-    mask = random_mask(model, 7, values=9, recent_window=recent_window, sinks=sinks, ragged=ragged, readout="static")
+    windows: dict[str, Any] = {"recent_window": recent_window, "sinks": sinks, "generated": generated}
+    mask = random_mask(model, 7, values=9, ragged=ragged, readout="static", **windows)
     options: dict[str, Any] = {"max_length": 40} if static else {}
     plain = run(model, grace_opt.runtime.cache(mask, model, **options), new_tokens=5)
     calls = counted(monkeypatch)
     fused = run(model, grace_opt.runtime.cache(mask, model, **options), new_tokens=5)
     assert_same(fused, plain)
     assert len(calls) == 4 * (2 if ragged else 1)
+
+
+@dataclass(frozen=True)
+class EverySecond(TokenPolicy):
+    """Of a prompt's old tokens, in rows that begin at their own token."""
+
+    tier: Tier = Tier.COMPRESSED
+    name: ClassVar[str] = "every-second"
+
+    def tiers(self, seen: Observed, share: float) -> Tensor:
+        at = torch.arange(seen.keys.shape[1], device=seen.keys.device)
+        return torch.where(at % 2 == 0, int(self.tier), int(Tier.DROPPED)).to(torch.int8)
+
+
+@pytest.mark.parametrize("generated", ["keep", "prune"])
+@pytest.mark.parametrize("codec", ["channels", "whole", "lowrank"])
+def test_tokens_that_stay_are_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch, codec: str, generated: str) -> None:
+    """Rows with different numbers of tokens, and codecs of every kind."""
+    model = tiny_model("Llama", num_hidden_layers=1)
+    mask = random_mask(model, 7, values=9, recent_window=4, sinks=2, readout="static", generated=generated)
+    (layer,) = mask.plan
+    basis = LowRank(torch.linalg.qr(torch.randn(16, 16))[0], torch.randn(9))
+    codecs = {"channels": layer.codecs, "whole": {}, "lowrank": {k: [basis, basis] for k in layer.codecs}}[codec]
+    policy: TokenPolicy = Streaming() if codec == "whole" else EverySecond()
+    plan = CachePlan({0: replace(layer, codecs=codecs, tokens=TokenRule(policy, 0.5))})
+    plain = run(model, grace_opt.runtime.cache(plan, model), new_tokens=5)
+    calls = counted(monkeypatch)
+    past = grace_opt.runtime.cache(plan, model)
+    assert_same(run(model, past, new_tokens=5), plain)
+    assert past.layers[0].length < past.get_seq_length()
+    assert len(calls) == 4
+
+
+def test_whole_tokens_anywhere_are_left_to_the_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama", num_hidden_layers=1)
+    (layer,) = random_mask(model, 7, values=9, recent_window=4, sinks=2).plan
+    plan = CachePlan({0: replace(layer, tokens=TokenRule(EverySecond(Tier.WHOLE), 0.5))})
+    calls = counted(monkeypatch)
+    past = grace_opt.runtime.cache(plan, model)
+    run(model, past, new_tokens=5)
+    assert not calls
+    assert "no whole tokens but sinks" in str(choose.reasons(past.layers[0])["triton"])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
