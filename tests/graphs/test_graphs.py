@@ -25,8 +25,8 @@ from grace_opt import (
     solve,
 )
 from grace_opt.graphs.accumulate import GraphSums
+from grace_opt.models.attention import register
 from grace_opt.models.texts import read_pieces, token_windows
-from grace_opt.runtime.attention import register
 from tests.support.families import FAMILIES, ByteTokenizer, tiny_model
 from tests.support.observed import observed_layers
 
