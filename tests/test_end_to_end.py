@@ -33,7 +33,7 @@ def prompt(smollm2: tuple[Any, Any]) -> Any:
     import statistics
 
     tokenizer.padding_side = "left"
-    texts = [(pdb.__doc__ or "")[:1500], (statistics.__doc__ or "")[:700]]
+    texts = [(pdb.__doc__ or "")[:900], (statistics.__doc__ or "")[:400]]
     return tokenizer(texts, return_tensors="pt", padding=True)
 
 

@@ -195,7 +195,7 @@ def test_offloading_changes_nothing(readout: str, more: dict[str, int]) -> None:
 @pytest.mark.parametrize("readout", ["none", "static", "prefill"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_compiled_step_is_one_graph_and_gives_the_same(padded: bool, readout: str, backend: str) -> None:
-    model = tiny_model("Llama")
+    model = tiny_model("Llama", num_hidden_layers=1 if backend == "aot_eager" else 2)
     # Both ways to hold generated tokens, without trying everything twice.
     generated = "keep" if (readout == "static") == padded else "prune"
     mask = random_mask(model, 7, values=8, recent_window=4, sinks=2, readout=readout, generated=generated)
@@ -373,7 +373,7 @@ def test_a_prompt_too_short_to_prune_still_runs() -> None:
 
 
 @STATIC
-@pytest.mark.parametrize("steps", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_many_steps_hold_what_must_be_kept(steps: int, static: bool) -> None:
     model = tiny_model("Llama", max_position_embeddings=12_000, num_hidden_layers=1)
     mask = random_mask(model, 6, values=9, recent_window=32, sinks=4, readout="prefill")

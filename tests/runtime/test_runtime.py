@@ -128,10 +128,11 @@ def test_a_mask_that_prunes_nothing_changes_nothing(family: str) -> None:
     assert_same(run(model, None), plain)  # and the model still runs without the cache
 
 
+@pytest.mark.parametrize("generated", ["prune", "keep"])
 @pytest.mark.parametrize(("tokens", "recent_window", "sinks"), [(1500, 32, 4), (700, 0, 0), (300, 500, 4)])
-def test_bytes_are_those_of_what_must_be_kept(tokens: int, recent_window: int, sinks: int) -> None:
+def test_bytes_are_those_of_what_must_be_kept(tokens: int, recent_window: int, sinks: int, generated: str) -> None:
     model = tiny_model("Llama", max_position_embeddings=2048)
-    mask = random_mask(model, 6, recent_window=recent_window, sinks=sinks)
+    mask = random_mask(model, 6, recent_window=recent_window, sinks=sinks, generated=generated)
     past = grace_opt.runtime.cache(mask, model)
     ids = torch.randint(3, 99, (2, tokens))
     with torch.inference_mode():
@@ -139,12 +140,13 @@ def test_bytes_are_those_of_what_must_be_kept(tokens: int, recent_window: int, s
         for step in range(40):
             model(input_ids=ids[:, step : step + 1], past_key_values=past)
     tokens += 40
-    whole = min(tokens, recent_window) + sinks
+    whole = (min(tokens, recent_window) if generated == "prune" else min(tokens - 40, recent_window) + 40) + sinks
     spare = min(tokens - whole + sinks, recent_window, 32)  # so that as many tokens can be taken back
     kept, rows = 2 * 2 * 2 * tokens * (6 + 16), 2 * 2 * 2 * 10  # rows, layers, heads; dk + Dv; D - dk
+    grown = 1.008 if generated == "keep" else 1  # what is kept whole grows
     order = 2 * 2 * 16 * 2  # of the channels, in 8 bytes each
     assert past.get_seq_length() == tokens
-    assert kept + (whole + spare) * rows <= past.nbytes / 4 <= kept * 1.008 + (whole + spare) * rows + order + 8
+    assert kept + (whole + spare) * rows <= past.nbytes / 4 <= kept * 1.008 + (whole + spare) * rows * grown + order + 8
     assert past.nbytes / 4 <= (kept + whole * rows) * 1.02
     assert grace_opt.runtime.full_cache_nbytes(past) == 2 * 2 * 2 * tokens * 32 * 4
 
