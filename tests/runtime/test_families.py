@@ -1,6 +1,6 @@
 """Every decoder family of the installed transformers over the channel-pruned cache: it works, or it says why not.
 
-``python tests/test_families.py > docs/families.md`` records the outcomes for the installed transformers.
+``python tests/runtime/test_families.py > docs/families.md`` records the outcomes for the installed transformers.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ NEW, RECENT, SINKS, KEPT = 16, 3, 2, 7
 INTRODUCTION = """\
 # Model families
 
-<!-- Written by tests/test_families.py: python tests/test_families.py > docs/families.md -->
+<!-- Written by tests/runtime/test_families.py: python tests/runtime/test_families.py > docs/families.md -->
 
 Which decoder classes of transformers run with the [channel-pruned cache](cache.md), by the test that wrote this page: a
 tiny random model of every class that `AutoModelForCausalLM` knows, two padded rows and one without padding, 16 greedy
 tokens.
 
 - **Works**: the tokens equal, and the logits within 1e-4 of the largest, those of the model's own attention over a full
-  cache that shows it zeros in the pruned channels, and those of `tests/reference.py`; the pruning changes them; and a
-  mask that prunes nothing changes nothing. Ordinary attention layers are pruned; those named are left whole.
+  cache that shows it zeros in the pruned channels, and those of `tests/support/reference.py`; the pruning changes them;
+  and a mask that prunes nothing changes nothing. Ordinary attention layers are pruned; those named are left whole.
 - **Refused**: a sentence (`grace_opt.InputError`) comes before any number.
 - **Stopped**: another error comes before any number.
 - **Not run**: the model does not generate here without grace-opt either.
@@ -242,7 +242,8 @@ def test_a_family_does_what_the_page_says_and_nothing_wrong(family: str) -> None
     section, description = outcome(family)
     assert section != "Wrong", description
     if RECORDED:
-        assert (section, description) == RECORDED.get(family), "run: python tests/test_families.py > docs/families.md"
+        expected = RECORDED.get(family)
+        assert (section, description) == expected, "run: python tests/runtime/test_families.py > docs/families.md"
 
 
 if __name__ == "__main__":
