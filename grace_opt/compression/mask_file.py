@@ -75,6 +75,8 @@ def load_mask(folder: str | Path) -> KVMask:
                 f"{tensors_path} is not the file that {path.name} belongs to (sha256 differs); solve again"
             )
         return _mask(*(_from_version_1(description, tensors) if version == 1 else (description, tensors)))
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise InputError(f"{path} lacks a field or has one of the wrong type ({error}); make the mask again") from None
 
@@ -210,8 +212,21 @@ def _from_version_1(
         "choice": None,
         "prefill": old["prefill"],
     }
+    if scope == "static":
+        _check_static(layers, tensors)
     renamed = {name.replace(".readout.", "."): array for name, array in tensors.items()}
     return {**description, "layers": layers, "policy": policy}, renamed
+
+
+def _check_static(layers: Sequence[Mapping[str, Any]], tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise InputError if a head of version 1 has no read-out: it would silently be read as something else."""
+    for entry in layers:
+        for kind in KINDS:
+            prefix = f"layers.{entry['index']}.{kind[0]}"
+            heads = range(len(_keep(tensors, prefix, set()))) if kind in entry else ()
+            for name in (f"{prefix}.kv_heads.{head}.readout" for head in heads):
+                if not {f"{name}.matrix", f"{name}.constant"} <= set(tensors):
+                    raise InputError(f"the mask's static read-out {name} is missing; solve again")
 
 
 def _mask(description: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> KVMask:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,12 @@ def test_version_1_is_read(scope: str) -> None:
     if readout is not None:
         assert np.isfinite(readout.matrix).all()
         assert readout.matrix.shape == (64 - len(mask.key_keep[0][0]), len(mask.key_keep[0][0]))
+
+
+@pytest.mark.parametrize("part", ["matrix", "constant"])
+def test_a_static_readout_of_version_1_that_is_missing_is_named(part: str, tmp_path: Path) -> None:
+    folder = tmp_path / "mask"
+    shutil.copytree(DATA / "mask-1-static", folder)
+    tampered(folder, lambda tensors: tensors.pop(f"layers.8.k.kv_heads.1.readout.{part}"))
+    with pytest.raises(InputError, match=r"^the mask's static read-out layers.8.k.kv_heads.1.readout is missing"):
+        load_mask(folder)
