@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grace_opt.cli.options import OutputFolder, RatioOption, Talk, option
+from grace_opt.cli.options import OutputFolder, RatioOption, SolverOption, Talk, option
 from grace_opt.cli.output import Format, hush_transformers, print_records, print_rich
 from grace_opt.cli.progress import progress
 from grace_opt.cli.provenance import explain
@@ -19,9 +19,7 @@ def demo(
     *,
     output: OutputFolder = Path("demo"),
     ratio: RatioOption = 0.5,
-    solver: Annotated[
-        str | None, option("--solver", help="Solver name; grace-opt solvers lists them; the method's if left out.")
-    ] = None,
+    solver: SolverOption = None,
     context: Annotated[int, typer.Option("--context", help="Tokens of the long prompt.")] = 1024,
     max_new_tokens: Annotated[int, option("--max-new-tokens", help="Tokens to generate.")] = 64,
     talk: Talk,

@@ -80,7 +80,9 @@ ConfigOption = Annotated[
     ),
 ]
 RatioOption = Annotated[float, option("--ratio", help="Fraction of each head's channels to prune, in [0, 1).")]
-SolverOption = Annotated[str, option("--solver", help="Solver name; grace-opt solvers lists them.")]
+SolverOption = Annotated[
+    str | None, option("--solver", help="Solver name; grace-opt solvers lists them; the method's if left out.")
+]
 SolversOption = Annotated[list[str], option("--solver", help="Solver name; repeatable.")]
 SolversOptions = Annotated[
     list[str] | None, option("--solver-option", help="NAME.OPTION=VALUE, an option of solver NAME; repeatable.")

@@ -13,6 +13,7 @@ from grace_opt.cli.options import (
     LimitOptions,
     MethodOptions,
     OutputFolder,
+    SolverOption,
     Talk,
     option,
 )
@@ -50,9 +51,7 @@ def solve(
         str | None,
         option("--readout", help="Estimate dropped channels: prefill (fitted to each prompt), static, or none."),
     ] = None,
-    solver: Annotated[
-        str | None, option("--solver", help="Solver name; grace-opt solvers lists them; the method's if left out.")
-    ] = None,
+    solver: SolverOption = None,
     solver_option: Annotated[
         list[str] | None, option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")
     ] = None,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from grace_opt.compression.budget import Budget
+from grace_opt.compression.from_bundle import problems_of
 from grace_opt.compression.method import Method
 from grace_opt.engines.outcome import failed
 from grace_opt.graphs import GraphBundle
@@ -50,8 +51,6 @@ def instances_of(
 
     Raises InputError as `grace_opt.compression.from_bundle.problems_of` does.
     """
-    from grace_opt.compression.from_bundle import problems_of  # imports torch
-
     instances = []
     for name, bundle in graphs.items():
         for each in dict.fromkeys(budgets):

@@ -1,4 +1,4 @@
-"""A method applied: to what a prompt's attention saw, to a calibrated bundle, or to one layer of a prompt.
+"""A method applied: to what a prompt's attention saw, or to one layer of a prompt. (`from_bundle` is for bundles.)
 
 The only place where something is chosen: channels, widths, bases, read-outs, tokens. Everything else reads the plan.
 """
@@ -36,7 +36,7 @@ from grace_opt.solve import solve_many
 def apply(method: Method, layers: Mapping[int, Observed], budget: Budget) -> CachePlan:
     """The plan for one prompt's cache: graphs, budgets, selection and projections of all layers together.
 
-    ``layers``: what each layer saw, with the method's windows (`observed_windows`). Read-outs and token policies are
+    ``layers``: what each layer saw, with the method's windows. Read-outs and token policies are
     left to the cache, which fits them to the tokens that it stores. Raises InputError for a budget that the floors, or
     the protected channels, do not allow.
     """
@@ -59,10 +59,8 @@ def online(method: Method, layers: Sequence[int], budget: Budget) -> CachePlan:
             "a cache that chooses its channels from each prompt selects them by the greedy or the independent solver, "
             f"not by {method.selection.solver}; make a mask with grace-opt solve instead"
         )
-    tokens = None
-    if method.tokens is not None:
-        tokens = TokenRule(_policy(method), _share(method, budget))
-    choice = None if method.codec == "whole" and not (method.key_bits or method.value_bits) else Choice(method, budget)
+    tokens = None if method.tokens is None else TokenRule(_policy(method), _share(method, budget))
+    choice = Choice(method, budget)
     return CachePlan({i: replace(_layer_plan(method, i, {}, tokens), choice=choice) for i in layers})
 
 
@@ -258,7 +256,7 @@ def _with_readout(codec: Codec, recipe: ReadoutRecipe, rows: Sequence[tuple[Obse
     inner = getattr(codec, "inner", codec)
     if not isinstance(inner, Channels) or inner.constant is not None or inner.width == inner.n:
         return codec
-    about = []
+    about, linear = [], recipe.readout_fit != "mean"
     for row, (seen, old) in enumerate(rows):
         tokens = (seen.keys if kind == "key" else seen.values)[:, seen.prunable]
         order = inner.order[min(row, len(inner.order) - 1)]
@@ -270,8 +268,8 @@ def _with_readout(codec: Codec, recipe: ReadoutRecipe, rows: Sequence[tuple[Obse
         weights = seen.token_weights if recipe.readout_fit == "attention" else None
         about.append(weighted_moments(ordered, weights, recipe.mixed(kind)))
     mean, covariance = (torch.cat(each) for each in zip(*about, strict=True))
-    fitted = fit_many(mean, covariance, inner.width, recipe.ridge, linear=recipe.readout_fit != "mean")
+    fitted = fit_many(mean, covariance, inner.width, recipe.ridge, linear=linear)
     matrix, constant = (each.view(len(rows), -1, *each.shape[1:]).contiguous() for each in fitted)
-    linear = recipe.readout_fit != "mean"  # the mean alone holds no matrix of zeros
+    # The mean alone holds no matrix of zeros.
     read = replace(inner, matrix=matrix if linear else None, constant=constant).to(rows[0][0].keys)
     return read if inner is codec else replace(codec, inner=read)  # type: ignore[call-arg]

@@ -104,7 +104,7 @@ class KVMask:
                 for head, kept in enumerate(keep.get(index, ())):
                     where = f"the mask's {kind} channels of layer {index}, KV head {head}"
                     static = None if readouts is None else readouts.get((kind, index, head))
-                    codecs.setdefault(kind, []).append(_channels(kept, head_dim, static, where))
+                    codecs.setdefault(kind, []).append(checked_channels(kept, head_dim, static, where))
             layers[index] = LayerPlan(index, codecs, windows, readout)
         return cls(model, num_key_value_heads, head_dim, CachePlan(layers), **more)
 
@@ -187,7 +187,7 @@ def channels_of(codec: Codec) -> Channels | None:
     return inner if isinstance(inner, Channels) else None
 
 
-def _channels(keep: ArrayLike, n: int, static: Readout | None, where: str) -> Channels:
+def checked_channels(keep: ArrayLike, n: int, static: Readout | None, where: str) -> Channels:
     """One head's. Raises InputError for channels that are not sorted, distinct and in range."""
     kept = np.asarray(keep)
     if kept.ndim != 1 or (kept.size and not np.issubdtype(kept.dtype, np.integer)):

@@ -14,7 +14,7 @@ import torch
 
 from grace_opt.compression.budget import Budget
 from grace_opt.compression.codec import Codec
-from grace_opt.compression.mask import Keep, KVMask, _channels, channels_of
+from grace_opt.compression.mask import Keep, KVMask, channels_of, checked_channels
 from grace_opt.compression.method import Windows, from_options
 from grace_opt.compression.plan import CachePlan, Choice, LayerPlan
 from grace_opt.compression.plugins import CODECS, POLICIES
@@ -367,7 +367,7 @@ def _codec(
             "the mask again"
         )
     size = n if n is not None else len(keep) + (len(readout.constant) if readout else parameters["n"] - len(keep))
-    channels = _channels(keep, size, readout, f"the mask's {prefix}")
+    channels = checked_channels(keep, size, readout, f"the mask's {prefix}")
     return channels if "matrix" in fields else replace(channels, matrix=None)
 
 

@@ -70,7 +70,7 @@ class LayerPlan:
         for kind, states in zip(KINDS, (keys, values), strict=True):
             codecs = self.codecs.get(kind, ())
             sizes = {codec.n for codec in codecs} - {0}
-            if codecs and (len(codecs) != states.shape[1] or not sizes <= {states.shape[3]}):
+            if sizes and (len(codecs) != states.shape[1] or sizes != {states.shape[3]}):
                 size = " or ".join(map(str, sorted(sizes)))
                 raise InputError(
                     f"the mask has {len(codecs)} KV heads of {size} {kind} channels in layer {self.index}, the model "
@@ -94,7 +94,7 @@ class Choice:
 
     def compresses(self, kind: Kind) -> bool:
         """Whether keys (or values) are not held as they come."""
-        return self.budget.of(kind) > 0 or self.method.bits(kind) is not None
+        return self.method.bits(kind) is not None or (self.method.codec != "whole" and self.budget.of(kind) > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,5 +140,6 @@ def _changed(layer: LayerPlan, windows: Mapping[str, Any], bits: Mapping[Kind, i
 
     codecs = dict(layer.codecs)
     for kind, each in bits.items():
-        codecs[kind] = [as_integers(codec, each, kind) for codec in codecs.get(kind) or [Whole()] * (layer.heads or 0)]
+        whole = [Whole()] * (layer.heads or 1)  # whole tokens of any number of heads are stored alike
+        codecs[kind] = [as_integers(codec, each, kind) for codec in codecs.get(kind) or whole]
     return replace(changed, codecs=codecs)

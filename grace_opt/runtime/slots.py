@@ -30,6 +30,7 @@ class Slots:
         self.positions, self.dropped = stay.slots, tokens - stay.slots.shape[1]
         self.extra = stay.whole if stay.whole.shape[1] and apart else None
         self.reach: Tensor | None = None
+        self._gaps = bool((self.positions < 0).any())  # whether rows have different numbers of tokens
 
     @property
     def first(self) -> Tensor:
@@ -43,9 +44,11 @@ class Slots:
 
     def mask(self, mask: Tensor | None, causal: Callable[[], Tensor]) -> Tensor | None:
         """A mask of slots [B, 1, n, slots] from one of positions [B or 1, 1, n, T]."""
+        if mask is None and not self._gaps:
+            return None
         there = (self.positions >= 0)[:, None, None]
         if mask is None:
-            return None if bool(there.all()) else there & causal()
+            return there & causal()
         rows = self.positions.clamp(min=0)[:, None, None].expand(-1, 1, mask.shape[2], -1)
         mask = mask.expand(len(self.positions), -1, -1, -1).gather(3, rows)
         return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, torch.finfo(mask.dtype).min)
@@ -70,6 +73,7 @@ class Slots:
             at = torch.searchsorted(left, self.extra).clamp(max=size - 1)
             self.extra = torch.where((left.gather(1, at) == self.extra) & (self.extra >= 0), at, -1)
         self.dropped += length - size
+        self._gaps = bool((left < 0).any())
         return left
 
     def crop(self, length: int) -> None:

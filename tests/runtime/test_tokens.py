@@ -24,7 +24,7 @@ from grace_opt.graphs.observed import Observed
 from grace_opt.models.attention import register
 from grace_opt.testing.policies import check_policy
 from tests.support.families import tiny_model
-from tests.support.generation import assert_same, random_mask
+from tests.support.generation import assert_same, logits_of, random_mask
 
 SINKS, RECENT = 2, 4
 
@@ -129,23 +129,6 @@ def dense(model: Any, mask: KVMask, attended: Tensor, prompt: int) -> None:
     model.set_attn_implementation("dense_tokens")
 
 
-def logits(model: Any, past: Any, ids: Tensor, attended: Tensor, chunks: list[int]) -> list[Tensor]:
-    low, found = 0, []
-    positions = (attended.cumsum(-1) - 1).clamp(min=0)
-    with torch.no_grad():
-        for size in chunks:
-            part = slice(low, low + size)
-            low += size
-            out = model(
-                input_ids=ids[:, part],
-                attention_mask=attended[:, :low],
-                position_ids=positions[:, part],
-                past_key_values=past,
-            ).logits
-            found.append(out[attended[:, part].bool()])
-    return found
-
-
 def padded() -> tuple[Tensor, Tensor]:
     """Three rows of 50 tokens; padding on the left leaves 19, 30 and 4 of a prompt of 30: the last has no old token."""
     ids = torch.randint(3, 99, (3, 50), generator=torch.Generator().manual_seed(3))
@@ -172,10 +155,10 @@ def test_dense_attention_with_dropped_tokens_masked_is_the_same(
     mask = planned(model, policy, share, readout="static", ragged=ragged, generated=generated)
     ids, attended = padded()
     past = grace_opt.runtime.cache(mask, model)
-    ours = logits(model, past, ids, attended, chunks)
+    ours = logits_of(model, past, chunks, ids, attended)
     assert past.get_seq_length() == 42
     dense(model, mask, attended, 30)
-    theirs = logits(model, DynamicCache(config=model.config), ids, attended, chunks)
+    theirs = logits_of(model, DynamicCache(config=model.config), chunks, ids, attended)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
 
@@ -217,7 +200,7 @@ def test_integers_hold_the_tokens_that_stay(generated: str) -> None:
     attended[2, :50] = 0
     chunks = [150, *[1] * 20, 10]
     exact, rounded = (
-        logits(model, past := grace_opt.runtime.cache(mask, model, **bits), ids, attended, chunks)
+        logits_of(model, past := grace_opt.runtime.cache(mask, model, **bits), chunks, ids, attended)
         for bits in ({}, {"key_bits": 8, "value_bits": 8})
     )
     torch.testing.assert_close(torch.cat(rounded[1:]), torch.cat(exact[1:]), atol=0.03, rtol=0)
@@ -265,7 +248,7 @@ def test_integers_beams_crop_and_choice_from_the_prompt() -> None:
     assert (exact == rounded).float().mean() > 0.9
     past = grace_opt.runtime.cache(mask, model)
     attended = torch.ones_like(ids)
-    expected = logits(model, past, ids, attended, [100, 1, 1, 1])[1:]
+    expected = logits_of(model, past, [100, 1, 1, 1], ids, attended)[1:]
     past.crop(-3)
     again = torch.cat([ids[:, :0], ids], 1)
     with torch.no_grad():
@@ -290,9 +273,9 @@ def test_cropped_tokens_might_never_have_come(ragged: bool, generated: str) -> N
     model = tiny_model("Llama")
     mask = planned(model, EveryThird(), 0.7, readout="static", ragged=ragged, generated=generated)
     ids, attended = padded()
-    expected = logits(model, grace_opt.runtime.cache(mask, model), ids, attended, [30, *[1] * 8, 4])
+    expected = logits_of(model, grace_opt.runtime.cache(mask, model), [30, *[1] * 8, 4], ids, attended)
     past = grace_opt.runtime.cache(mask, model)
-    logits(model, past, ids, attended, [30, *[1] * 8, 3])
+    logits_of(model, past, [30, *[1] * 8, 3], ids, attended)
     past.crop(-RECENT)
     assert past.get_seq_length() == 37
     positions = (attended.cumsum(-1) - 1).clamp(min=0)
@@ -316,7 +299,7 @@ def test_cache_operations_follow_the_batch(policy: TokenPolicy, share: float) ->
     def after(change: Any, rows: list[int]) -> Tensor:
         """Logits after the prompt, of a cache that was changed so that it has these rows."""
         past = grace_opt.runtime.cache(mask, model)
-        logits(model, past, ids, attended, [30])
+        logits_of(model, past, [30], ids, attended)
         change(past)
         with torch.no_grad():
             steps = [
@@ -388,3 +371,21 @@ def test_what_cannot_be_is_a_sentence() -> None:
     streaming = method("streaming", {"key_bits": 4, "generated": "prune"})
     with pytest.raises(InputError, match="integers are held in blocks"):
         grace_opt.runtime.online_cache(model, streaming, ratio=0.5, value_ratio=0.5)
+
+
+def test_whole_tokens_that_stay_may_be_integers() -> None:
+    """A policy alone leaves no codec to take the number of heads from, in a plan and where each prompt chooses."""
+    model = tiny_model("Llama", max_position_embeddings=512)
+    ids = torch.randint(3, 99, (1, 200))
+    streaming = method("streaming", {"recent_window": 4, "sinks": 2})
+    plan = online(streaming, [0, 1], Budget(0.4, 0.4))
+    fixed = CachePlan({i: replace(each, choice=None) for i, each in plan.layers.items()})
+    for each in (plan, fixed):
+        sizes = []
+        for bits in ({}, {"key_bits": 4, "value_bits": 4}):
+            with grace_opt.runtime.cache(each, model, **bits) as past, torch.no_grad():
+                model(input_ids=ids, past_key_values=past)
+                model(input_ids=ids[:, :1], past_key_values=past)
+                sizes.append(past.nbytes)
+                assert past.layers[0].length < 130
+        assert sizes[1] < 0.75 * sizes[0]

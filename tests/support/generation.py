@@ -103,3 +103,23 @@ def compare(model: Any, mask: KVMask, options: dict[str, Any] | None = None, **m
     use_zero_channel_attention(model, mask)
     assert_same(pruned, run(model, None, **more))
     return past
+
+
+def logits_of(
+    model: Any, past: Any, chunks: list[int], ids: torch.Tensor, attended: torch.Tensor
+) -> list[torch.Tensor]:
+    """Logits of the real tokens of each chunk, one forward pass a chunk."""
+    low, pieces = int(past.get_seq_length()), []
+    positions = (attended.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for size in chunks:
+            part = slice(low, low + size)
+            low += size
+            out = model(
+                input_ids=ids[:, part],
+                attention_mask=attended[:, :low],
+                position_ids=positions[:, part],
+                past_key_values=past,
+            )
+            pieces.append(out.logits[attended[:, part].bool()])
+    return pieces

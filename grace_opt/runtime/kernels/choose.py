@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,14 @@ if TYPE_CHECKING:
 _PLAIN = Plain()
 
 
-def kernels() -> list[Kernel]:
+@cache
+def kernels() -> tuple[Kernel, ...]:
     """The kernels that this machine can load, the best first; the plain one reads everything."""
     if find_spec("triton") is None:
-        return [_PLAIN]
+        return (_PLAIN,)
     from grace_opt.runtime.kernels.split import TritonKernel
 
-    return [TritonKernel(), _PLAIN]
+    return TritonKernel(), _PLAIN
 
 
 def choose(request: Request) -> Kernel:

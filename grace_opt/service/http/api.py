@@ -48,9 +48,19 @@ def _files(media_type: str) -> dict[int | str, dict[str, Any]]:
 
 LimitQuery = Annotated[int, Query(ge=1, le=1000, description="how many at most")]
 OffsetQuery = Annotated[int, Query(ge=0, le=2**31, description="how many to leave out")]
-RatioQuery = Annotated[float | None, Query(ge=0, lt=1)]
-BytesQuery = Annotated[float | None, Query(gt=0, le=1e300)]
 RunId = Annotated[int, schemas.Field(ge=1, lt=2**63)]
+
+
+def budget_asked(
+    ratio: Annotated[float | None, Query(ge=0, lt=1)] = None,
+    value_ratio: Annotated[float | None, Query(ge=0, lt=1)] = None,
+    budget_bytes: Annotated[float | None, Query(gt=0, le=1e300)] = None,
+) -> dict[str, float | None]:
+    """The budget that a query names, as records do; null what it leaves out."""
+    return {"ratio": ratio, "value_ratio": value_ratio, "budget_bytes": budget_bytes}
+
+
+BudgetQuery = Annotated[dict[str, float | None], Depends(budget_asked)]
 
 
 def service_of(request: Request) -> Service:
@@ -203,10 +213,8 @@ def list_records(
     request: Request,
     service: Here,
     _: Read,
+    budget: BudgetQuery,
     solver: Annotated[schemas.Text | None, Query(max_length=100)] = None,
-    ratio: RatioQuery = None,
-    value_ratio: RatioQuery = None,
-    budget_bytes: BytesQuery = None,
     status: Status | None = None,
     problem: Annotated[schemas.Text | None, Query(max_length=200)] = None,
     sort: schemas.Sort = "id",
@@ -224,11 +232,9 @@ def list_records(
         sort=sort,
         descending=descending,
         solver=solver,
-        ratio=ratio,
-        value_ratio=value_ratio,
-        budget_bytes=budget_bytes,
         status=status,
         problem=problem,
+        **budget,
     )
     # The bodies are JSON already: a page costs no parsing and no writing.
     content = f'{{"total":{total},"offset":{offset},"limit":{limit},"records":[{",".join(bodies)}]}}'.encode()

@@ -23,11 +23,10 @@ from grace_opt.service.db.database import Row
 from grace_opt.service.db.tables import UNFINISHED, State
 from grace_opt.service.http.access import COOKIE, SCOPES, Caller, needs
 from grace_opt.service.http.api import (
-    BytesQuery,
+    BudgetQuery,
     Here,
     LimitQuery,
     OffsetQuery,
-    RatioQuery,
     Read,
     RunId,
     existing,
@@ -151,21 +150,11 @@ def _run_report(service: Service, run: int) -> bytes:
 
 
 @router.get("/runs/{run}/heads/{problem}")
-def head_page(
-    request: Request,
-    run: RunId,
-    problem: str,
-    service: Here,
-    _: Read,
-    ratio: RatioQuery = None,
-    value_ratio: RatioQuery = None,
-    budget_bytes: BytesQuery = None,
-) -> Response:
+def head_page(request: Request, run: RunId, problem: str, service: Here, _: Read, asked: BudgetQuery) -> Response:
     """A head of a run: its channel graph, incumbent and bound over time, records."""
     row = existing(service, run)
     records = service.storage.records.all(run, problem=problem)
     budgets = list({budget_name(record): budget_of(record) for record in records}.values())
-    asked = budget_of({"ratio": ratio, "value_ratio": value_ratio, "budget_bytes": budget_bytes})
     nothing = not any(value is not None for value in asked.values())
     if not records or not (nothing or asked in budgets):
         raise RefusedError(404, f"run {run} has no record of a head {problem!r}{'' if nothing else ' there'}")
@@ -181,18 +170,9 @@ def head_page(
 
 
 @router.get("/runs/{run}/heads/{problem}/report.json")
-def head_report(
-    run: RunId,
-    problem: str,
-    service: Here,
-    _: Read,
-    ratio: RatioQuery = None,
-    value_ratio: RatioQuery = None,
-    budget_bytes: BytesQuery = None,
-) -> Response:
+def head_report(run: RunId, problem: str, service: Here, _: Read, budget: BudgetQuery) -> Response:
     """What a head's page draws."""
     row = existing(service, run)
-    budget = {"ratio": ratio, "value_ratio": value_ratio, "budget_bytes": budget_bytes}
     records = _referenced(service.storage.records.all(run, problem=problem, **budget))
     if not records:
         raise RefusedError(404, f"run {run} has no record of a head {problem!r} there")
