@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support import DATA
 
 # Before anything imports Triton: the kernel's tests interpret it. TRITON_INTERPRET=0 runs them on a card.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The same examples each time, so that a red run means a change; `make test-all` looks for new ones.
-settings.register_profile("repeat", derandomize=True, deadline=None)
-settings.register_profile("explore", max_examples=500, deadline=None)
+# The same examples each time, so that a red run means a change; `make test-all` looks for new ones. How long an example
+# takes says something about the machine, and not about what is tested.
+ANY_SPEED: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("repeat", derandomize=True, **ANY_SPEED)
+settings.register_profile("explore", max_examples=500, **ANY_SPEED)
 settings.load_profile("repeat")
 
 
@@ -27,10 +30,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: only in make test-all")
 
 
+OURS = {"GRACE_OPT_TEST_POSTGRES", "GRACE_OPT_CHROMIUM"}  # settings of the tests themselves
+TERMINAL = ("LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No plug-ins and no settings from the machine that runs the tests."""
+    """No plug-ins and no settings from the machine that runs the tests, and a terminal of one kind and width; no proxy
+    between a test and its own server; random numbers that do not depend on the tests before."""
+    for name in [name for name in os.environ if name.startswith("GRACE_OPT_") and name not in OURS]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("GRACE_OPT_PLUGINS", "")
+    for name in TERMINAL:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, ",".join(filter(None, ["127.0.0.1", "localhost", os.environ.get(name)])))
+    if "torch" in sys.modules:  # most tests do without
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import pytest
 
 from grace_opt import BoundKind, Limits, Status, SubsetProblem, registry, solve
 from tests.support import ROOT
+from tests.support.slack import assert_encloses
 
 CLI, EXAMPLE = ROOT / "docs" / "generate_cli.py", ROOT / "docs" / "adding-a-solver.md"
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.is_file()]
@@ -86,7 +87,7 @@ if EXAMPLE.is_file():
         assert found.status in (Status.FEASIBLE, Status.OPTIMAL)
         assert found.objective == pytest.approx(optimum.objective)
         assert found.bound_kind is BoundKind.PROVEN
-        assert found.lower_bound <= optimum.objective
+        assert_encloses(found, optimum, problem)
         assert found.pruned == solve(problem, name, options={"starts": "20"}, limits=Limits(seed=1)).pruned
         started = solve(problem, name, options={"starts": 1}, warm_start=optimum.pruned)
         assert started.objective <= optimum.objective * (1 + 1e-9)

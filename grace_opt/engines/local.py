@@ -56,9 +56,10 @@ def _in_processes(
     solver: Solver, problems: Sequence[SubsetProblem], limits: Limits, workers: int
 ) -> Generator[Outcome, None, None]:
     parts = [list(range(len(problems)))] if is_batched(solver) else [[index] for index in range(len(problems))]
+    everyone = [Supervisor() for _ in range(workers)]
     supervisors: Queue[Supervisor] = Queue()
-    for _ in range(workers):
-        supervisors.put(Supervisor())
+    for each in everyone:
+        supervisors.put(each)
 
     def supervised(part: list[int]) -> list[tuple[RawResult, int]]:
         supervisor = supervisors.get()
@@ -69,7 +70,6 @@ def _in_processes(
 
     threads = ThreadPoolExecutor(workers)
     part_of = {threads.submit(supervised, part): part for part in parts}
-    everyone = list(supervisors.queue)
     try:
         for future in as_completed(part_of):
             for index, (raw, elapsed) in zip(part_of[future], future.result(), strict=True):

@@ -127,9 +127,15 @@ def smollm2_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where models are kept: ``$XDG_CACHE_HOME/grace-opt`` or ``~/.cache/grace-opt``; it may be missing."""
+    """Where models are kept: ``$XDG_CACHE_HOME/grace-opt`` or ``~/.cache/grace-opt``; it may be missing.
+
+    Raises InputError where neither is known.
+    """
     stated = Path(os.environ.get("XDG_CACHE_HOME", ""))  # to be ignored if relative, says its specification
-    return (stated if stated.is_absolute() else Path.home() / ".cache") / "grace-opt"
+    try:
+        return (stated if stated.is_absolute() else Path.home() / ".cache") / "grace-opt"
+    except RuntimeError:  # a user without an entry and without HOME, as in some containers
+        raise InputError("this user has no home folder to keep models in; set XDG_CACHE_HOME to a folder") from None
 
 
 def _source(name: str) -> tuple[str, str]:

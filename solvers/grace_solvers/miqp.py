@@ -271,8 +271,8 @@ def _cp_sat(
     if status in (cp_model.FEASIBLE, cp_model.UNKNOWN):
         if limits.node_limit is not None and solver.num_conflicts >= limits.node_limit:
             limit = Limit.NODE
-        else:
-            limit = Limit.TIME if time.monotonic() >= deadline - 0.01 else Limit.INTERRUPTED
+        else:  # at its time limit CP-SAT stops as soon as its next step might end after it, early on a busy machine
+            limit = Limit.TIME if deadline < np.inf else Limit.INTERRUPTED
     lower_bound = core.constant + unit * solver.best_objective_bound - rounding
     return _Answer(
         y,

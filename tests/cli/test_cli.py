@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import io
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import redirect_stderr, redirect_stdout
+import termios
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from grace_opt import KVMask, load_bundle, load_mask, registry
-from grace_opt.cli import main
 from grace_opt.compression.budget import Budget
 from grace_opt.compression.from_bundle import problems_of
 from grace_opt.compression.method import METHODS, Windows
 from tests.support import DATA
+from tests.support.command import inside
 from tests.support.families import tiny_model
+from tests.support.patience import PATIENCE, until
 
 
 def cli(
@@ -41,21 +40,6 @@ def cli(
         text=True,
         env={**os.environ, **environment},
     )
-
-
-def inside(*arguments: Any, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """As `cli`, in this process: importing torch and transformers takes seconds."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["grace-opt", *map(str, arguments)]),
-        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
-        mock.patch.dict(os.environ, environment),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        main()
-    return subprocess.CompletedProcess([], int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def records(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -128,7 +112,8 @@ def test_solve_writes_a_mask_and_prints_records(whole_heads: Path, tmp_path: Pat
     assert [r["pruned"] for r in again] == [r["pruned"] for r in found]
     best = records(inside(*base, "--workers", 2, "--engine", "local"))  # auto, in threads
     assert {(r["solver"], r["status"], r["bound_kind"]) for r in best} == {("auto", "optimal", "proven")}
-    assert all(b["objective"] <= f["objective"] for b, f in zip(best, found, strict=True))
+    # What is called optimal may lie above the optimum by the gap tolerance.
+    assert all(b["objective"] <= f["objective"] * (1 + 1e-6) for b, f in zip(best, found, strict=True))
     assert best[0]["raw_status"] == "chose branch-and-bound: 64 nodes to decide"
 
 
@@ -409,9 +394,12 @@ def test_the_demo_on_a_tiny_folder(tiny_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "kept-channels.png").stat().st_size > 1000
 
 
+def unread(pipe: Any) -> int:
+    """Bytes in a pipe that nobody has read yet."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def test_ctrl_c_leaves_130_and_no_file(tiny_folder: Path, tmp_path: Path) -> None:
-    if sys.platform == "win32":
-        pytest.skip("no SIGINT to send")
     process = subprocess.Popen(
         [sys.executable, "-m", "grace_opt", "calibrate", str(tiny_folder), "-o", "g.safetensors", "--text", "-"],
         cwd=tmp_path,
@@ -419,9 +407,12 @@ def test_ctrl_c_leaves_130_and_no_file(tiny_folder: Path, tmp_path: Path) -> Non
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(8)  # it waits for text that does not come
+    assert process.stdin is not None
+    process.stdin.write("w5 ")
+    process.stdin.flush()
+    until(lambda: not unread(process.stdin), "it reads the text")  # and waits for more, which does not come
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []

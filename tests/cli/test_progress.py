@@ -6,22 +6,18 @@ import io
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from grace_opt.cli import progress as progress_module
 from grace_opt.cli.progress import progress
+from tests.support.patience import until
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-def until(condition: object, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:  # type: ignore[operator]
-        time.sleep(0.01)
 
 
 def test_a_line_now_and_then_even_while_one_step_goes_on(
@@ -30,13 +26,16 @@ def test_a_line_now_and_then_even_while_one_step_goes_on(
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
     monkeypatch.setattr(progress_module, "FIRST_LINE", 0.05)
+    clock = iter([0.0])
+    standing = SimpleNamespace(monotonic=lambda: next(clock, 0.05))  # however long the lines take to come
+    monkeypatch.setattr(progress_module, "time", standing)
     with progress(quiet=False) as show:
         show("greedy, heads", 0, 256)
-        until(lambda: "0 of 256" in said.getvalue())
+        until(lambda: "0 of 256" in said.getvalue(), "the first line is said")
         show("greedy, heads", 12, 256)
-        until(lambda: "greedy, heads: 12 of 256, " in said.getvalue())
+        until(lambda: "greedy, heads: 12 of 256, " in said.getvalue(), "the second line is said")
         show("loading")
-        until(lambda: "loading: 0, " in said.getvalue())
+        until(lambda: "loading: 0, " in said.getvalue(), "the third line is said")
     lines = said.getvalue().splitlines()
     assert lines[0] == "greedy, heads: 0 of 256, 0 s"
     assert "greedy, heads: 12 of 256, 0 s" in lines
@@ -69,5 +68,4 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     with progress(quiet=False) as show:
         show("work", 1, 2)
-        time.sleep(0.3)
     assert "1/2" in said.getvalue()

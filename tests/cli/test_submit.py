@@ -12,6 +12,7 @@ import pytest
 
 from grace_opt import InputError, load_mask
 from grace_opt.service.client import Client, ServiceError
+from tests.support.patience import until
 from tests.support.serving import DATA, Server, free_port, serving
 
 HEADS = DATA / "heads-smollm2-135m.safetensors"
@@ -147,11 +148,7 @@ def test_what_answers_may_be_something_else(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(50):
-            said = failed("status", url=f"http://127.0.0.1:{port}")
-            if "404" in said:
-                break
-        assert "answered 404" in said
+        until(lambda: "answered 404" in failed("status", url=f"http://127.0.0.1:{port}"), "it says what answered")
     finally:
         other.kill()
         other.wait()

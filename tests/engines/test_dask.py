@@ -6,9 +6,10 @@ import copy
 import json
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from grace_opt import InputError, load_bundle, solve_many
 from grace_opt.engines.dask import Chunk, Cluster
 from grace_opt.solution import Limit, Limits, Status
 from tests.support import DATA, ROOT
-from tests.support.faulty import FaultySolver, SlowSolver, problems
+from tests.support.faulty import FaultySolver, HoldingSolver, problems
+from tests.support.patience import until
 from tests.support.serving import free_port, serving
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -44,12 +46,19 @@ def scheduler() -> Iterator[str]:
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port]
     processes = [subprocess.Popen([*command, "--no-dashboard"], **quiet)]
     processes += [subprocess.Popen([sys.executable, "-m", "grace_opt", "worker", address], **quiet) for _ in range(2)]
+    until(lambda: listens(int(port)), "the scheduler listens")
     yield address
     for process in processes:
         for below in psutil.Process(process.pid).children(recursive=True):
             below.kill()
         process.kill()
         process.wait()
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens at a port of this machine."""
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.parametrize("solver", ["greedy", "branch-and-bound"])
@@ -75,29 +84,30 @@ def test_a_solver_that_hangs_is_killed_at_its_time_limit(local: Cluster) -> None
     assert solutions[1].limit is Limit.TIME
 
 
-def test_what_is_dropped_is_killed(local: Cluster) -> None:
-    heads = problems()
-    for _ in range(2):  # both workers hang, without a time limit
-        local.add(Chunk(FaultySolver("hang"), heads, Limits(), list(range(len(heads)))))
-    time.sleep(1.0)
+def test_what_is_dropped_is_killed(local: Cluster, tmp_path: Path) -> None:
+    heads, begun = problems(), [tmp_path / "one", tmp_path / "other"]
+    for file in begun:  # both workers hang, without a time limit
+        local.add(Chunk(FaultySolver("hang", str(file)), heads, Limits(), list(range(len(heads)))))
+    until(lambda: all(file.exists() for file in begun), "both workers hang")
     local.drop(lambda chunk: True)
     expected = [s.pruned for s in solve_many(heads, FaultySolver())]
     assert [s.pruned for s in solve_many(heads, FaultySolver(), engine=local.outcomes)] == expected
 
 
-def test_a_worker_that_is_killed_has_its_work_done_by_another(local: Cluster) -> None:
-    heads = problems(20)
-    local.add(Chunk(SlowSolver(), heads, Limits(), list(range(len(heads)))))  # two seconds
-    time.sleep(0.5)
-    workers = [child for child in psutil.Process().children() if child.children()]  # each has a solver's process
+def test_a_worker_that_is_killed_has_its_work_done_by_another(local: Cluster, tmp_path: Path) -> None:
+    heads = problems()
+    local.add(Chunk(HoldingSolver(folder=str(tmp_path)), heads, Limits(), list(range(len(heads)))))
+    until((tmp_path / "begun").exists, "a worker is at work")
+    assert local._client is not None
+    workers = local._client.run(os.getpid).values()
     assert len(workers) == 2
     for worker in workers:
-        worker.kill()
+        os.kill(worker, signal.SIGKILL)
+    (tmp_path / "go").touch()
     landed: list[Any] = []
-    deadline = time.monotonic() + 60
-    while not landed and time.monotonic() < deadline:
-        landed = local.landed(1.0)
+    until(lambda: landed.extend(local.landed(1.0)) or landed, "the work is done")
     assert [len(results) for _, results in landed] == [len(heads)]
+    assert {raw.status for _, results in landed for raw, _ in results} == {Status.FEASIBLE}
 
 
 def test_a_cluster_of_other_processes(scheduler: str, tmp_path: Path) -> None:

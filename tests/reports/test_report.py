@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from grace_opt import GraphBundle, HeadGraph, load_bundle, save_bundle
 from grace_opt.compare import Comparison, compare
 from grace_opt.compression.method import method
 from grace_opt.reports.report import SHOWN_HEADS, channel_graph, report_data
 from tests.support import DATA
-from tests.support.browser import chromium_path
+from tests.support.browser import chromium, context_of
 
 SOLVERS = ("independent", "greedy", "branch-and-bound")
 MODEL = "</script><b>a model</b> & more"
@@ -47,10 +47,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
@@ -58,9 +56,8 @@ def page(browser: Browser, compared: tuple[Comparison, Path], request: pytest.Fi
     """The report, opened from the disk; at the end nothing may have gone wrong or been fetched."""
     wrong: list[str] = []
     address = compared[1].resolve().as_uri()
-    context = browser.new_context(
-        viewport={"width": 1400, "height": 1000}, color_scheme=getattr(request, "param", "light"), offline=True
-    )
+    scheme = getattr(request, "param", "light")
+    context = context_of(browser, viewport={"width": 1400, "height": 1000}, color_scheme=scheme, offline=True)
     opened = context.new_page()
     opened.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     opened.on("pageerror", lambda error: wrong.append(str(error)))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from grace_opt import InputError, Limits, SubsetProblem, load_bundle, solve, solve_many
-from grace_opt.solution import BoundKind, Limit, Status
+from grace_opt.solution import BoundKind, Limit, Status, rounding_slack
 from grace_solvers.greedy import GreedySolver
 from tests.support.reference import greedy_by_objective
 from tests.support.strategies import gram_weights, problems
@@ -37,7 +37,6 @@ def test_exhaustive_finds_the_optimum_and_proves_it(problem: SubsetProblem) -> N
 
 
 @given(problems(largest=12))
-@settings(deadline=None)
 def test_exhaustive_is_never_worse_than_any_other_solver(problem: SubsetProblem) -> None:
     best = solve(problem, "exhaustive")
     others = [solve(problem, "independent")]
@@ -45,8 +44,8 @@ def test_exhaustive_is_never_worse_than_any_other_solver(problem: SubsetProblem)
     for other in others:
         assert other.pruned is not None
         assert problem.is_feasible(np.isin(np.arange(problem.n), other.pruned))
-        assert best.objective <= other.objective
-        assert best.lower_bound <= other.objective
+        assert best.objective <= other.objective + rounding_slack(problem.weights)
+        assert best.lower_bound <= other.objective + rounding_slack(problem.weights)
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.8])

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,6 +27,7 @@ class FaultySolver:
     """Prunes the first channels, and does something bad to head 1."""
 
     fault: str = "none"
+    begun: str = ""  #: a file that appears when head 1 hangs
 
     name: ClassVar[str] = "faulty"
     capabilities: ClassVar[Capabilities] = Capabilities(time_limit=True)
@@ -46,6 +48,8 @@ class FaultySolver:
             case "exit":
                 os._exit(3)
             case "hang":
+                if self.begun:
+                    Path(self.begun).touch()
                 while True:
                     time.sleep(0.01)
             case "raise":
@@ -74,9 +78,13 @@ class ShortBatchSolver(FaultySolver):
 
 
 @dataclass(frozen=True)
-class SlowSolver(FaultySolver):
-    """A tenth of a second each."""
+class HoldingSolver(FaultySolver):
+    """Leaves the file ``begun`` in a folder, and waits until there is one called ``go``."""
+
+    folder: str = ""
 
     def solve(self, problem: SubsetProblem, limits: Limits, warm_start: Any = None, rng: Any = None) -> Any:
-        time.sleep(0.1)
+        Path(self.folder, "begun").touch()
+        while not Path(self.folder, "go").exists():
+            time.sleep(0.01)
         return super().solve(problem, limits)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from sqlalchemy import create_engine, make_url, text
 from grace_opt.graphs import GraphBundle, HeadGraph, load_bundle, save_bundle
 from grace_opt.service.client import Client
 from tests.support import DATA
+from tests.support.patience import PATIENCE, until
 
 PLACES = ("/usr/lib/postgresql", "/usr/local/pgsql", "/opt/homebrew/opt/postgresql")
 
@@ -112,10 +112,23 @@ def new_database(url: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens at, and that is nobody else's until these tests end.
+
+    It stays bound here, to a socket that does not listen: Linux gives it to nobody who asks for any port, and lets a
+    server of the tests listen at it, again and again, as both sockets say SO_REUSEADDR.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port = int(holder.getsockname()[1])
+    if sys.platform == "linux":
+        _HELD.append(holder)
+    else:
+        holder.close()
+    return port
+
+
+_HELD: list[socket.socket] = []
 
 
 class Server:
@@ -132,14 +145,15 @@ class Server:
     def start(self) -> None:
         """Start it and wait until it answers."""
         self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for _ in range(600):
-            try:
-                httpx.get(f"{self.url}/healthz")
-                return
-            except httpx.TransportError:
-                assert self.process.poll() is None, self.process.communicate()[0].decode()
-                time.sleep(0.1)
-        raise AssertionError("the server does not answer")
+        until(self._answers, "the server answers")
+
+    def _answers(self) -> bool:
+        try:
+            httpx.get(f"{self.url}/healthz", trust_env=False)
+        except httpx.TransportError:
+            assert self.process.poll() is None, self.process.communicate()[0].decode()
+            return False
+        return True
 
     def kill(self) -> None:
         """kill -9."""
@@ -154,7 +168,7 @@ class Server:
         """Ctrl-C; the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        return self.process.wait(30)
+        return self.process.wait(PATIENCE)
 
 
 @contextmanager

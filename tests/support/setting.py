@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from grace_opt.service.db.storage import Storage
 from grace_opt.service.http.app import create_app
 from grace_opt.service.http.state import Service
 from tests.support import DATA
+from tests.support.patience import PATIENCE, until
 from tests.support.serving import live
 
 HEADS = DATA / "heads-smollm2-135m.safetensors"
@@ -67,7 +67,7 @@ class Setting:
     def __enter__(self) -> Setting:
         self._live = live(self.app)
         self.url = self._live.__enter__()
-        self.http = httpx.Client(base_url=self.url)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -83,10 +83,9 @@ class Setting:
         body = {"bundle": DIGEST, "solvers": [{"solver": "greedy"}], **uniform, **changes}
         return self.http.post("/api/runs", json=body, headers=headers)
 
+    def found(self, run: int) -> Any:
+        return self.http.get(f"/api/runs/{run}").json()
+
     def wait(self, run: int) -> Any:
-        for _ in range(1200):  # the solvers may have to be compiled first
-            found = self.http.get(f"/api/runs/{run}").json()
-            if found["state"] not in ("queued", "running"):
-                return found
-            time.sleep(0.05)
-        raise AssertionError(found)
+        until(lambda: self.found(run)["state"] not in ("queued", "running"), f"run {run} ends")
+        return self.found(run)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from grace_opt.service.db.tables import State
 from grace_opt.service.http.access import COOKIE, new_key
-from tests.support.browser import chromium_path
+from tests.support.browser import chromium, context_of
 from tests.support.setting import DIGEST, Setting
 
 HOSTILE = '<script>alert(1)</script> & "more"'
@@ -38,10 +38,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
@@ -51,7 +49,7 @@ def visit(browser: Browser, setting: Setting) -> Iterator[Open]:
     contexts = []
 
     def opened(path: str, scheme: str = "light", base: str = setting.url, allowed: str = "none") -> Page:
-        context = browser.new_context(viewport={"width": 1366, "height": 768}, color_scheme=scheme)  # type: ignore[arg-type]
+        context = context_of(browser, viewport={"width": 1366, "height": 768}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
 
@@ -111,15 +109,15 @@ def test_a_run_is_submitted_and_watched(visit: Open, setting: Setting) -> None:
     listed = visit("/")
     expect(listed.locator("#runs tr[data-live]")).to_have_count(1)
     setting.cluster.gate.set()
-    expect(page.locator("#state")).to_have_text("complete", timeout=20_000)  # by itself
+    expect(page.locator("#state")).to_have_text("complete")  # by itself
     assert page.locator("#masks tbody tr").count() == 4
-    expect(listed.locator("#runs tbody tr").first).to_contain_text("48 of 48", timeout=10_000)
+    expect(listed.locator("#runs tbody tr").first).to_contain_text("48 of 48")
     expect(listed.locator("#runs tr[data-live]")).to_have_count(0)
     setting.cluster.gate.clear()
     other = setting.submit(ratios=[0.21], name="to be cancelled").json()["id"]
     page = visit("/")
     page.get_by_role("button", name=f"Cancel run {other}").click()
-    expect(page.locator(f"tr[data-run='{other}'] .state")).to_have_text("cancelled", timeout=5000)
+    expect(page.locator(f"tr[data-run='{other}'] .state")).to_have_text("cancelled")
     setting.cluster.gate.set()
     page = visit("/", allowed="422")
     page.get_by_label("Ratios").fill("7")
@@ -231,7 +229,7 @@ def test_a_key_is_asked_for_and_kept(browser: Browser, tmp_path: Path) -> None:
     with Setting(tmp_path, None, keys_required=True) as locked:
         key = new_key()
         locked.storage.keys.add("ada", key, "read")
-        context = browser.new_context()
+        context = context_of(browser)
         page = context.new_page()
         page.goto(f"{locked.url}/solvers")
         assert page.url == f"{locked.url}/login?next=/solvers"
