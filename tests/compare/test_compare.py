@@ -522,7 +522,7 @@ def test_a_comparison_takes_the_budgets_and_methods_of_solve(tmp_path: Path) -> 
     before = lines(tmp_path)
     again = compare_by_method([HEADS], {"greedy": {}, "independent": {}}, budgets, tmp_path)  # the same method
     assert (again.records, lines(tmp_path)) == (found.records, before)
-    report = (tmp_path / "report.html").read_text()
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
     for words in ("ratio 0.5", "ratios 0.5 and 0.25", "2304 bytes a token"):
         assert f'"budget":"{words}"' in report
 

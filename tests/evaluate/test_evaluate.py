@@ -226,7 +226,7 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     from pydoc_data.topics import topics
 
-    text.write_text("\n\n".join(topics[name] for name in sorted(topics))[:40_000])
+    text.write_text("\n\n".join(topics[name] for name in sorted(topics))[:40_000], encoding="utf-8")
     folder = tmp_path / "out"
     arguments = ("evaluate", "smollm2-135m", "--text", text, "--prefix", 200, "--scored", 40, "--documents", 3)
     policies = ("--method", "think", "--method", "grace-opt", "--ratio", 0.6, "--value-ratio", 0.2)

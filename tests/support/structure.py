@@ -106,5 +106,5 @@ def long_files(most: int = 400) -> list[tuple[int, str]]:
 if __name__ == "__main__":
     print("circle of imports:", " -> ".join(circle()) or "none")
     print("imports of a room above:", "; ".join(climbing()) or "none")
-    longest = sorted(((len(p.read_text().splitlines()), n) for n, p in modules().items()), reverse=True)
+    longest = sorted(((len(p.read_text(encoding="utf-8").splitlines()), n) for n, p in modules().items()), reverse=True)
     print("longest files:", ", ".join(f"{name} {lines}" for lines, name in longest[:8]))
