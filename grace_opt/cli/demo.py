@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grace_opt.cli.options import OutputFolder, RatioOption, SolverOption, Talk, option
+from grace_opt.cli.options import OutputFolder, RatioOption, SolverOption, Talk, TrustOption, option
 from grace_opt.cli.output import Format, hush_transformers, print_records, print_rich
 from grace_opt.cli.progress import progress
 from grace_opt.cli.provenance import explain
@@ -22,6 +22,7 @@ def demo(
     solver: SolverOption = None,
     context: Annotated[int, typer.Option("--context", help="Tokens of the long prompt.")] = 1024,
     max_new_tokens: Annotated[int, option("--max-new-tokens", help="Tokens to generate.")] = 64,
+    trust_remote_code: TrustOption = False,
     talk: Talk,
 ) -> None:
     """The whole path on a real model: calibrate, solve, generate with full and pruned cache, one table, one picture."""
@@ -33,7 +34,14 @@ def demo(
     hush_transformers(talk.quiet)
     with progress(talk.quiet) as show:
         result = run(
-            model, output, ratio=ratio, solver=solver, context=context, new_tokens=max_new_tokens, progress=show
+            model,
+            output,
+            ratio=ratio,
+            solver=solver,
+            context=context,
+            new_tokens=max_new_tokens,
+            trust_remote_code=trust_remote_code,
+            progress=show,
         )
     if talk.format is Format.JSON:
         print_records(result.records, talk.format)

@@ -73,6 +73,11 @@ def generate(
         print_records([{**about, **record}], talk.format)
         return
     print(record["text"])
+    if record["unused_settings"]:
+        talk.say(
+            f"decoding is {'greedy' if num_beams == 1 else 'by beams'}, so these settings of the model are not used: "
+            f"{', '.join(record['unused_settings'])}"
+        )
     talk.say(
         f"{record['new_tokens']} tokens in {record['seconds']:.2f} s; the cache holds {record['tokens']} tokens in "
         f"{record['cache_bytes']:,} bytes, {record['cache_bytes'] / record['full_cache_bytes']:.1%} of a full one"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from grace_opt.cli.config import config_callback, own_options
-from grace_opt.cli.output import Format, hush_transformers, say
+from grace_opt.cli.output import Format, hush_transformers, remarks, say, unasked
 from grace_opt.errors import InputError
 
 if TYPE_CHECKING:
@@ -241,19 +241,27 @@ class EngineOptions:
             yield cluster.outcomes
 
 
+TrustOption = Annotated[
+    bool,  # of the command line alone: neither the environment nor a config file may say so
+    typer.Option("--trust-remote-code", help="Run code that comes with the model, if it needs any; read it first."),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """How a model is loaded."""
 
     dtype: Annotated[str, option("--dtype", help="float32, bfloat16, float16 or auto.")] = "float32"
     device: Annotated[str, option("--device", help="Torch device, e.g. cpu or cuda.")] = "cpu"
+    trust_remote_code: TrustOption = False
 
     def load(self, model: str, quiet: bool) -> tuple[Any, Any]:
         """The model and its tokenizer."""
         from grace_opt.models.load import load_model
 
         hush_transformers(quiet)
-        return load_model(model, dtype=self.dtype, device=self.device)
+        with unasked(), remarks(f"of {model}", quiet):
+            return load_model(model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -50,6 +53,43 @@ def cell(value: Any) -> str:
 def say(message: str) -> None:
     """Print a sentence on stderr."""
     print(message, file=sys.stderr)
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Nobody may ask a question of the data that waits on standard input: whoever does reads its end."""
+    data, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = data
+
+
+@contextmanager
+def remarks(what: str, quiet: bool) -> Iterator[None]:
+    """Print what transformers warns of, each in a sentence, where it is not printed: it may say what was ignored."""
+    from transformers.utils import logging as theirs
+
+    heard: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = theirs.get_logger("transformers")
+    level = logger.level
+    if quiet or level <= logging.WARNING:  # the user asked for silence, or hears them already
+        yield
+        return
+    theirs.disable_default_handler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        theirs.enable_default_handler()
+    for message in dict.fromkeys(heard):
+        if "LOAD REPORT" not in message:  # of weights, which are refused or known to be harmless
+            say(f"transformers says {what}: {' '.join(message.split())}")
 
 
 def hush_transformers(quiet: bool) -> None:

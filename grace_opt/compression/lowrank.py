@@ -105,12 +105,12 @@ class LowRank(Codec):
 def _metric(seen: Observed, kind: Kind, head: int) -> FloatArray:
     """What is seen of an error in a token: by the observed queries, or through the output projection."""
     if kind == "key":
-        rows = seen.grouped[head].double().cpu().numpy()
-    elif seen.output is None:
+        rows = seen.grouped[head].double().cpu()
+        metric = rows.mT @ rows
+    elif seen.output_grams is None:
         raise InputError("the output projection of this model's attention was not found; use svd for values")
     else:
         heads, n = seen.values.shape[0], seen.values.shape[-1]
-        rows = seen.output.double().cpu().numpy().reshape(-1, heads, seen.queries.shape[0] // heads, n)[:, head]
-        rows = rows.reshape(-1, n)
-    metric: FloatArray = rows.T @ rows
-    return metric
+        metric = seen.output_grams.view(heads, -1, n, n)[head].sum(0).cpu()
+    found: FloatArray = metric.numpy()
+    return found

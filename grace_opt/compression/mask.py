@@ -16,7 +16,7 @@ from grace_opt.compression.plan import CachePlan, LayerPlan
 from grace_opt.compression.readout import READOUT_SCOPES, Readout, ReadoutRecipe
 from grace_opt.errors import InputError
 from grace_opt.heads import Kind
-from grace_opt.models.config import config_sha256, head_dim, text_config
+from grace_opt.models.config import accepted_sha256, head_dim, text_config
 
 Keep = tuple[NDArray[np.int32], ...]
 Structure = Literal["channel", "rope_pair", "rope_pair_global"]
@@ -171,7 +171,7 @@ class KVMask:
         text = text_config(config)
         this = name or str(text.model_type)
         wrong = f"this mask was made for {self.model!r}, not for {this!r}"
-        if self.config_sha256 is not None and self.config_sha256 != config_sha256(config):
+        if self.config_sha256 is not None and self.config_sha256 not in accepted_sha256(config):
             raise InputError(f"{wrong} (the configurations differ); make a mask for {this!r}")
         layers = text.num_hidden_layers
         if self.layer_count > layers:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from grace_opt.compression.method import Windows
 from grace_opt.errors import InputError
-from grace_opt.graphs.observed import Observed, output_projection
+from grace_opt.graphs.observed import Observed, OutputProjection
 from grace_opt.models.attention import attending_with, observing, require_attention_interface
+from grace_opt.models.inputs import input_device, require_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ class Captured:
     past: Any  #: transformers' DynamicCache of the prefix
     queries: dict[int, Tensor]  #: layer -> [Hq, w, n], the last queries of the prefix
     scaling: dict[int, float]
-    outputs: dict[int, Callable[[], Tensor | None]]  #: layer -> what gives the weight of its output projection
+    outputs: dict[int, OutputProjection]  #: layer -> the projection after its attention
     seconds: float
     _observed: dict[tuple[int, int, int, int | None], dict[int, Observed]] = field(default_factory=dict)
 
@@ -45,7 +45,7 @@ class Captured:
                 self.scaling[layer],
                 windows.sinks,
                 windows.recent_window,
-                self.outputs[layer](),
+                self.outputs[layer],
                 spans,
             )
         return seen
@@ -61,16 +61,17 @@ def capture(model: PreTrainedModel, ids: Sequence[int], prefix: int, queries: in
     require_attention_interface(model)
     asked: dict[int, Tensor] = {}
     scaling: dict[int, float] = {}
-    outputs: dict[int, Callable[[], Tensor | None]] = {}
+    outputs: dict[int, OutputProjection] = {}
 
     def keep(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, arguments: dict[str, Any]) -> None:
         if arguments.get("sliding_window") is not None:
             return
         asked[module.layer_idx] = query[0, :, -queries:].clone()
         scaling[module.layer_idx] = scale
-        outputs[module.layer_idx] = partial(output_projection, module, query.shape[1])
+        outputs[module.layer_idx] = OutputProjection(module, query.shape[1], value)
 
-    row = torch.tensor([list(ids)], device=model.device)
+    require_rows(model, ids)
+    row = torch.tensor([list(ids)], device=input_device(model))
     past = DynamicCache(config=model.config.get_text_config(decoder=True))
     began = time.perf_counter()
     with torch.inference_mode(), attending_with(model, observing(keep)):

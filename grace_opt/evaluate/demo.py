@@ -17,6 +17,7 @@ from grace_opt.errors import InputError
 from grace_opt.files import write_json
 from grace_opt.graphs import save_bundle
 from grace_opt.graphs.calibrate import Calibration, calibrate
+from grace_opt.models.inputs import input_device, require_rows
 from grace_opt.models.load import load_model
 from grace_opt.models.texts import DEFAULT_TEXT, prose, read_pieces, token_windows
 from grace_opt.registry import create
@@ -69,6 +70,7 @@ def run(
     solver: str | None = None,
     context: int = 1024,
     new_tokens: int = 64,
+    trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> DemoResult:
     """Calibrate ``model_name``, solve at ``ratio``, generate from a long prompt with the full and with pruned caches.
@@ -89,7 +91,7 @@ def run(
     method = METHODS["grace-opt"]
     chosen = create(solver or method.selection.offline_solver)
     progress(f"load {model_name}", 0, 1)
-    model, tokenizer = load_model(model_name)
+    model, tokenizer = load_model(model_name, trust_remote_code=trust_remote_code)
     check_context(model, context, new_tokens)
     bundle = calibrate(
         model,
@@ -106,7 +108,9 @@ def run(
     save_mask(mask, folder / "mask")
     picture = folder / "kept-channels.png"
     kept_channels(mask, picture, f"{model_name}: key channels kept at ratio {ratio:g} by {chosen.name}")
-    prompt = torch.tensor([next(token_windows(prose(), tokenizer, context, context))], device=model.device)
+    ids = next(token_windows(prose(), tokenizer, context, context))
+    require_rows(model, ids)
+    prompt = torch.tensor([ids], device=input_device(model))
 
     def decode(tokens: torch.Tensor | int, used: CachePlan | None, what: str) -> tuple[Forced, torch.Tensor]:
         return forced(model, prompt, tokens, used, lambda done: progress(what, done, new_tokens))

@@ -194,6 +194,8 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(
             f"{name} needs the package datasets; install it (pip install datasets) or give a local copy"
         ) from None
+    if int(str(getattr(datasets, "__version__", "4")).partition(".")[0]) < 4:
+        raise InputError("datasets before 4 runs code of the hub; install a later one (pip install 'datasets>=4')")
     try:
         rows = datasets.load_dataset(DATASETS[name], split, split="test")
     except Exception as error:  # no connection, no such split, a changed repository: almost any type

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from grace_opt.graphs.accumulate import GraphSums
+    from grace_opt.graphs.observed import OutputProjection
 
 OBJECTIVES = ("logit", "centered", "attention")
 VALUE_OBJECTIVES = ("norm", "read", "output")
@@ -107,6 +108,7 @@ def calibrate(
 
     from grace_opt.graphs.accumulate import GraphSums
     from grace_opt.models.attention import attending_with, observing, require_attention_interface
+    from grace_opt.models.inputs import input_device, require_rows
 
     options = options or Calibration()
     config = text_config(model.config)
@@ -115,18 +117,20 @@ def calibrate(
     graphs = GraphSums(options.objective, options.value_objective)
     capture = _Capture(graphs, options)
     done = 0
-    with torch.inference_mode(), attending_with(model, observing(capture)):
-        for ids in token_windows(pieces, tokenizer, options.tokens, window):
-            model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-            done += len(ids)
-            if not graphs.windows:
-                raise InputError(_nothing_captured(model, capture))
-            if set(graphs.windows.values()) != {done // window}:
-                raise InputError(
-                    f"{type(model).__name__} does not run each of its layers once in a pass, which is not supported"
-                )
-            if progress is not None:
-                progress(done, options.tokens)
+    for ids in token_windows(pieces, tokenizer, options.tokens, window):
+        require_rows(model, ids)
+        # Only while it runs: texts and progress are the caller's, who may run the model too.
+        with torch.inference_mode(), attending_with(model, observing(capture)):
+            model.base_model(input_ids=torch.tensor([ids], device=input_device(model)), use_cache=False)
+        done += len(ids)
+        if not graphs.windows:
+            raise InputError(_nothing_captured(model, capture))
+        if set(graphs.windows.values()) != {done // window}:
+            raise InputError(
+                f"{type(model).__name__} does not run each of its layers once in a pass, which is not supported"
+            )
+        if progress is not None:
+            progress(done, options.tokens)
     heads, kv_heads, head_dim = capture.geometry
     metadata = {
         "model": model_name or str(model.config.name_or_path) or str(config.model_type),
@@ -174,6 +178,7 @@ class _Capture:
         self.value_head_dim = 0
         self.attention: Any = None
         self.scaling = 0.0
+        self.outputs: dict[int, OutputProjection] = {}  # each asked once, for all windows
 
     def __call__(
         self,
@@ -184,7 +189,7 @@ class _Capture:
         scaling: float,
         arguments: dict[str, Any],
     ) -> None:
-        from grace_opt.graphs.observed import Observed, output_projection
+        from grace_opt.graphs.observed import Observed, OutputProjection
 
         if arguments.get("sliding_window") is not None:
             self.sliding_layers.add(module.layer_idx)
@@ -196,7 +201,7 @@ class _Capture:
             scaling,
             self.options.sinks,
             self.options.recent_window,
-            None if self.options.value_objective is None else output_projection(module, query.shape[1]),
+            self.outputs.setdefault(module.layer_idx, OutputProjection(module, query.shape[1], value)),
             self.options.spans,
         )
         self.geometry = (query.shape[1], key.shape[1], key.shape[-1])

@@ -96,13 +96,12 @@ def output(seen: Observed) -> Tensor:
     the products of different query heads its squared norm is the sum over P x P of W = sum_g (V'A_g'A_g V) o (W_g'W_g).
     O(G (w T nv + hidden nv^2)). Raises InputError if the output projection is not known.
     """
-    if seen.output is None:
+    if seen.output_grams is None:
         raise InputError("the output projection of this model's attention was not found; use the norm objective")
     heads, _, n = seen.values.shape
     returned = torch.matmul(seen.attention, seen.values[:, seen.prunable].float())
     returned = double(returned).view(heads, -1, seen.queries.shape[1], n)
-    slices = double(seen.output).view(-1, heads, returned.shape[1], n).permute(1, 2, 0, 3)
-    return ((returned.mT @ returned) * (slices.mT @ slices)).sum(1)
+    return ((returned.mT @ returned) * seen.output_grams.view(heads, -1, n, n)).sum(1)
 
 
 KEY_OBJECTIVES: dict[str, Callable[[Observed], Tensor]] = {"logit": logit, "centered": centered, "attention": attention}

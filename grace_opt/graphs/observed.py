@@ -13,13 +13,27 @@ from grace_opt.errors import InputError
 from grace_opt.problem import FloatArray
 
 
+class OutputProjection:
+    """The projection after an attention module of ``heads`` query heads, for values [.., nv]; asked once, if at all."""
+
+    def __init__(self, attention: Any, heads: int, values: Tensor) -> None:
+        self._attention, self._heads, self._like = attention, heads, values.new_empty(0, values.shape[-1])
+
+    @cached_property
+    def grams(self) -> Tensor | None:
+        """As of `Observed.output_grams`. O(hidden Hq nv (Hq nv + nv)). Raises InputError as `output_projection`."""
+        matrix = output_projection(self._attention, self._heads, self._like)
+        return None if matrix is None else _grams(matrix, self._heads)
+
+
 @dataclass(frozen=True, eq=False)
 class Observed:
     """The last queries and all keys and values of one row, post-RoPE, and which tokens a mask would prune.
 
     queries [Hq, w, n] are those of the last w tokens; keys [H, T, n]; values [H, T, nv]; H divides Hq, and query head g
-    belongs to KV head g // (Hq / H). ``output`` [hidden, Hq nv] is the weight of the output projection. The first
-    ``sinks`` tokens are whole for every query, and the others while they are fewer than ``recent_window`` tokens back.
+    belongs to KV head g // (Hq / H). ``output``: the output projection, as its matrix [hidden, Hq nv] or
+    as the layer that is one. The first ``sinks`` tokens are whole for every query, and the others while they are fewer
+    than ``recent_window`` tokens back.
     ``spans``: how many spans the queries are cut into by the `attention` objective; None: a query is a span.
     """
 
@@ -29,7 +43,7 @@ class Observed:
     scaling: float
     sinks: int
     recent_window: int
-    output: Tensor | None = None
+    output: Tensor | OutputProjection | None = None
     spans: int | None = None
     graphs: dict[str, FloatArray] = field(default_factory=dict)  #: those that were made of it, by objective
 
@@ -49,6 +63,13 @@ class Observed:
     def prunable(self) -> slice:
         """The tokens of which the cache keeps some channels only, once the window has been read."""
         return slice(self.sinks, self.keys.shape[1] - self.recent_window)
+
+    @cached_property
+    def output_grams(self) -> Tensor | None:
+        """float64[Hq, nv, nv]: W'W of each query head's part W of the output projection; None if it is not known."""
+        if isinstance(self.output, OutputProjection):
+            return self.output.grams
+        return None if self.output is None else _grams(self.output, len(self.queries))
 
     @cached_property
     def all_tokens(self) -> Observed:
@@ -86,10 +107,40 @@ def double(tensor: Tensor) -> Tensor:
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
-def output_projection(attention: Any, heads: int) -> Tensor | None:
-    """The weight [hidden, heads * nv] of the projection after an attention module; None if it has no known name."""
-    for name in ("o_proj", "out_proj", "dense", "wo"):
-        weight = getattr(getattr(attention, name, None), "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] % heads == 0:
-            return weight.detach()
+def output_projection(attention: Any, heads: int, values: Tensor) -> Tensor | None:
+    """The matrix [hidden, heads * nv] of the projection after an attention module; None if it has no known name.
+
+    Found by running the layer on unit vectors of the dtype and on the device of ``values`` [.., nv], as its parameters
+    say nothing of adapters, scales of quantised weights, or where an offloaded weight is. O(hidden (heads nv)^2).
+    Raises InputError if the layer is not linear (but for a constant) within a tenth, as far as quantised
+    activations are.
+    """
+    for name in ("o_proj", "out_proj", "dense", "wo", "c_proj"):
+        layer = getattr(attention, name, None)
+        if isinstance(layer, torch.nn.Module):
+            return _matrix(layer, heads * values.shape[-1], values)
     return None
+
+
+def _matrix(layer: torch.nn.Module, width: int, like: Tensor) -> Tensor:
+    units = torch.eye(width, dtype=like.dtype, device=like.device)
+    probe = torch.linspace(0, 40 * width, width, dtype=torch.float64).sin().to(like)  # no direction of its own
+    with torch.no_grad():
+        constant = layer(torch.zeros_like(units[None, :1]))[0]
+        matrix = (layer(units[None])[0] - constant).mT
+        # Each alone, as some quantise by the largest entry of all rows.
+        for factor in (1, -4):
+            found = double(layer(factor * probe[None, None])[0] - constant)
+            expected = factor * double(probe[None]) @ double(matrix).mT
+            if not bool((found - expected).norm() <= 0.1 * expected.norm()):
+                raise InputError(
+                    f"the output projection of this model's attention ({type(layer).__name__}) is not linear, so what "
+                    "its values become is no quadratic; use the norm objective, and call model.eval() if it is training"
+                )
+    weight: Tensor = matrix.detach()
+    return weight
+
+
+def _grams(matrix: Tensor, heads: int) -> Tensor:
+    parts = double(matrix).view(len(matrix), heads, -1).movedim(1, 0)
+    return parts.mT @ parts

@@ -33,12 +33,31 @@ def stated(config: Any, name: str) -> Any:
 
 def config_sha256(config: Any) -> str:
     """sha256 (hex) of the fields that shape keys and queries, RoPE included; the same for most fine-tunes."""
+    return _sha256(config, by_kind=True)
+
+
+def accepted_sha256(config: Any) -> set[str]:
+    """What files may say of this configuration: version 1 left out RoPE that differs by kind of layer."""
+    return {_sha256(config, by_kind=True), _sha256(config, by_kind=False)}
+
+
+def _sha256(config: Any, by_kind: bool) -> str:
     text = text_config(config)
-    fields = {name: stated(text, name) for name in _HASHED}
+    fields: dict[str, Any] = {name: stated(text, name) for name in _HASHED}
     rope = getattr(text, "rope_parameters", None) or {}
-    fields["rope_theta"] = rope.get("rope_theta", getattr(text, "rope_theta", None))
-    fields["rope_type"], fields["rope_factor"] = rope.get("rope_type", "default"), rope.get("factor")
+    fields |= _rope_fields(rope, getattr(text, "rope_theta", None))
+    kinds = {kind: _rope_fields(each, None) for kind, each in rope.items() if isinstance(each, dict)}
+    if by_kind and kinds:
+        fields["rope"] = kinds
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _rope_fields(rope: dict[str, Any], theta: Any) -> dict[str, Any]:
+    return {
+        "rope_theta": rope.get("rope_theta", theta),
+        "rope_type": rope.get("rope_type", "default"),
+        "rope_factor": rope.get("factor"),
+    }
 
 
 def head_dim(config: Any) -> int | None:

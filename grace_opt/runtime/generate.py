@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
+from grace_opt.models.inputs import input_device, require_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +35,10 @@ def generate(
 ) -> dict[str, Any]:
     """Continue a prompt greedily (or with beams) on an empty cache, transformers' own if None, and say what it cost.
 
-    Returns a record with ``text`` (the continuation), ``new_tokens``, ``seconds`` (prefill included), ``tokens`` (that
-    the cache holds), ``cache_bytes`` (counted on its tensors) and ``full_cache_bytes`` (of a plain cache of as many
-    tokens in the same dtype). Raises InputError for an empty prompt or one that does not fit the context.
+    Returns a record with ``text`` (the continuation), ``new_tokens``, ``unused_settings`` (names of generation settings
+    that the model comes with and that have no effect on this way to decode), ``seconds`` (prefill included), ``tokens``
+    (that the cache holds), ``cache_bytes`` (counted on its tensors) and ``full_cache_bytes`` (of a plain cache of as
+    many tokens in the same dtype). Raises InputError for an empty prompt or one that does not fit the context.
     """
     import torch
 
@@ -44,17 +46,23 @@ def generate(
 
     if max_new_tokens < 1 or num_beams < 1:
         raise InputError(f"max_new_tokens and num_beams must be at least 1, got {max_new_tokens} and {num_beams}")
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise InputError("the prompt is empty; give at least one word")
+    require_rows(model, inputs["input_ids"][0].tolist())
     check_context(model, length, max_new_tokens)
+    unused, instead = _unused_settings(model, num_beams)
+    if getattr(model.generation_config, "stop_strings", None):
+        instead["tokenizer"] = tokenizer
     past = plain_cache(model) if past is None else past
     began = time.perf_counter()
     with torch.inference_mode():
         ids = cast(Any, model).generate(
             **inputs,
+            **instead,
             past_key_values=past,
+            use_cache=True,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             do_sample=False,
@@ -65,11 +73,42 @@ def generate(
         "text": tokenizer.decode(ids[0, length:], skip_special_tokens=True),
         "prompt_tokens": length,
         "new_tokens": ids.shape[1] - length,
+        "unused_settings": unused,
         "seconds": seconds,
         "tokens": past.get_seq_length(),
         "cache_bytes": cache_nbytes(past),
         "full_cache_bytes": full_cache_nbytes(past),
     }
+
+
+# Settings of a model that are honoured: what ends a text, and what changes the scores of tokens.
+_HONOURED = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "stop_strings", "max_time"),
+    *("min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size"),
+    *("encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "remove_invalid_values"),
+    *("renormalize_logits", "token_healing", "watermarking_config"),
+)
+_OF_BEAMS = ("early_stopping", "length_penalty")
+_ARGUMENTS = ("do_sample", "num_beams", "max_length", "max_new_tokens", "use_cache")  # we give these ourselves
+
+
+def _unused_settings(model: PreTrainedModel, num_beams: int) -> tuple[list[str], dict[str, Any]]:
+    """Which of the model's generation settings are not used, and what to give to ``generate`` in their place."""
+    from transformers import GenerationConfig
+
+    neutral = {**GenerationConfig._get_default_generation_params()}
+    given = {
+        name: value
+        for name, value in model.generation_config.to_diff_dict().items()
+        if not name.startswith("_") and name != "transformers_version"
+        if value is not None and value != neutral.get(name)
+    }
+    ours = _ARGUMENTS + _HONOURED + (_OF_BEAMS if num_beams > 1 else ())
+    unused = [name for name in given if name not in ours]
+    said = unused + [name for name in given if name == "do_sample"]
+    plain = GenerationConfig()  # type: ignore[no-untyped-call]
+    return sorted(said), {name: neutral.get(name, getattr(plain, name)) for name in unused if hasattr(plain, name)}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from grace_opt.compression.apply import for_prompt
 from grace_opt.compression.codec import Codec, Whole
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
+from grace_opt.graphs.observed import OutputProjection
 from grace_opt.heads import KINDS, Kind
 from grace_opt.runtime.buffers import Buffer, Growing, Kept, Packed, Sliding, Window, taken
 from grace_opt.runtime.handle import Handle
@@ -23,8 +24,6 @@ from grace_opt.runtime.side import Side
 from grace_opt.runtime.slots import Slots, first_seen, refuse_right_padding
 
 _CROP = 32  # tokens that can be taken back, at most
-
-Output = Callable[[], Tensor | None]  # the weight of the projection after a layer's attention
 
 
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -180,7 +179,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         query: Tensor,
         scaling: float,
         mask: Tensor | None,
-        output: Output | None = None,
+        output: OutputProjection | None = None,
         stay: Staying | None = None,
     ) -> None:
         """Store the first update: fit what the plan leaves open, drop tokens, and find the sinks.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.compression.tokens.base import Tier
 from grace_opt.errors import InputError
-from grace_opt.graphs.observed import Observed
+from grace_opt.graphs.observed import Observed, OutputProjection
 
 Rows = list[tuple[Observed, bool]]
 
@@ -23,16 +23,14 @@ def observed(
     query: Tensor,
     scaling: float,
     first: Tensor,
-    output: Callable[[], Tensor | None] | None,
+    output: OutputProjection | None,
 ) -> Rows:
     """For each row: what its last queries saw, and whether it has old tokens.
 
     keys and values [B, H, T, n]; query [B, Hq, m, n], the last of the prompt, at least ``plan.queries`` of them or all;
-    first int64[B], where each row begins; ``output`` gives the weight of the output projection. A row without old
+    first int64[B], where each row begins; ``output``: the projection after the attention. A row without old
     tokens is looked at as if all of its tokens were old; one of padding alone counts its last token.
     """
-    needs_output = plan.choice is not None and plan.choice.compresses("value")
-    weight = output() if needs_output and output is not None else None
     tokens, rows = keys.shape[2], []
     for row, begins in enumerate(first.tolist()):
         start = min(begins, tokens - 1)
@@ -45,7 +43,7 @@ def observed(
             scaling,
             plan.windows.sinks if old else 0,
             plan.windows.recent_window if old else 0,
-            weight,
+            output,
             plan.spans,
         )
         rows.append((seen, old))

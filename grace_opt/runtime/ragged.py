@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from grace_opt.compression.plan import LayerPlan
+from grace_opt.graphs.observed import OutputProjection
 from grace_opt.runtime.handle import RaggedHandle
-from grace_opt.runtime.layer import Output, PrunedLayer
+from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.prompt import Staying, observed, queries_of, staying
 
 
@@ -70,7 +71,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             handle.prompt = key_states, value_states
         return handle, handle
 
-    def begin(self, query: Tensor, scaling: float, mask: Tensor | None, output: Output | None = None) -> None:
+    def begin(self, query: Tensor, scaling: float, mask: Tensor | None, output: OutputProjection | None = None) -> None:
         """As of `PrunedLayer`; a token policy sees all heads of the layer."""
         if not self.parts[0].waits:
             return

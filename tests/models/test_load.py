@@ -122,7 +122,7 @@ def test_hub_id_goes_to_transformers_as_it_is(tiny: Path, monkeypatch: pytest.Mo
 def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoConfig
 
-    def unreachable(name: str) -> None:
+    def unreachable(name: str, **options: Any) -> None:
         raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)

@@ -308,7 +308,7 @@ def test_a_prompt_chooses_what_the_method_chooses(method: str, static: bool) -> 
     seen: dict[int, Any] = {}
 
     def see(module: Any, query: Any, key: Any, value: Any, scaling: float, arguments: Any) -> None:
-        seen[module.layer_idx] = (query, key, value, scaling, output_projection(module, query.shape[1]))
+        seen[module.layer_idx] = (query, key, value, scaling, output_projection(module, query.shape[1], value))
 
     from grace_opt.models.attention import attending_with, observing
 
