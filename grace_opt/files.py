@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,11 +77,16 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], metad
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    path = Path(path)
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # as the umask says; safetensors makes a file that only its owner reads
     try:
         contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         save_file(contiguous, path, metadata=dict(metadata))
     except SafetensorError as error:  # its way to report a full disk
-        raise OSError(str(error)) from error
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))) from error
+    path.chmod(mode)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

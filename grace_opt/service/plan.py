@@ -92,6 +92,8 @@ def budgets_of(request: Mapping[str, Any]) -> list[float | Budget]:
 
 def bundle_of(blobs: BlobStore, digest: str) -> GraphBundle:
     """A bundle by its digest. Raises InputError if its file is lost or damaged."""
+    if blobs.path(digest).exists() and not blobs.is_sound(digest):
+        raise InputError(f"the file of bundle {digest} is damaged in the service's data folder; upload it again")
     return load_once(str(blobs.path(digest)))
 
 

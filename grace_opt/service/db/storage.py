@@ -13,11 +13,14 @@ from pathlib import Path
 from grace_opt.errors import InputError
 from grace_opt.service.db.blobs import BlobStore
 from grace_opt.service.db.bundles import BundleStore
-from grace_opt.service.db.database import Database
+from grace_opt.service.db.database import SQLITE, Database
 from grace_opt.service.db.keys import KeyStore
+from grace_opt.service.db.locks import FileLock, FolderLock
 from grace_opt.service.db.masks import MaskStore
 from grace_opt.service.db.records import RecordStore
 from grace_opt.service.db.runs import RunStore
+
+LOCK = ".lock"  #: in the data folder, held by the server that works on it
 
 
 class Storage:
@@ -33,6 +36,7 @@ class Storage:
 
     def __init__(self, folder: str | Path, url: str | None = None) -> None:
         self.folder = Path(folder).resolve()
+        self._locks: list[FileLock | FolderLock] = []
         self.offered = self.folder / "bundles"  #: where bundles may lie that are to be registered
         try:
             for part in ("blobs", "tmp", "bundles"):
@@ -41,7 +45,7 @@ class Storage:
             raise InputError(
                 f"cannot use the data folder {self.folder}: {error.strerror}; choose another one"
             ) from error
-        self.database = Database(url or f"sqlite:///{self.folder / 'grace-opt.db'}")
+        self.database = Database(url or f"{SQLITE}{self.folder / 'grace-opt.db'}")
         self.blobs = BlobStore(self.folder)
         self.bundles = BundleStore(self.database)
         self.runs = RunStore(self.database)
@@ -50,14 +54,15 @@ class Storage:
         self.keys = KeyStore(self.database)
 
     def open(self, *, alone: bool = True) -> None:
-        """Take the database for this process (if ``alone``) and bring its tables up to date.
+        """Take the database and the folder for this process (if ``alone``), and bring the tables up to date.
 
         Raises:
-            InputError: if another server works on it, it cannot be reached, or a newer grace-opt has changed it.
+            InputError: if another server works on either, one cannot be used, or a newer grace-opt has changed it.
         """
         try:
             if alone:
                 self.database.lock()
+                self._lock()
                 self.blobs.clear()
             self.database.upgrade()
         except InputError:
@@ -65,8 +70,16 @@ class Storage:
             raise
 
     def close(self) -> None:
-        """Let the database go."""
+        """Let the database and the folder go."""
         self.database.close()
+        while self._locks:
+            self._locks.pop().close()
+
+    def _lock(self) -> None:
+        """What is half done here is cleared at the start, so it must be nobody else's, under whatever name."""
+        taken = InputError(f"another server works on the data folder {self.folder}; stop it, or choose another --data")
+        self._locks.append(FileLock(self.folder / LOCK, taken))
+        self._locks.append(FolderLock(self.blobs.half_done, taken))
 
 
 @contextmanager

@@ -201,7 +201,6 @@ def cancel_run(run: RunId, service: Here, _: Submit) -> Any:
 def delete_run(run: RunId, service: Here, _: Admin) -> None:
     """Remove a run with its records and masks."""
     existing(service, run)
-    service.storage.runs.move(run, State.CANCELLED)
     service.storage.runs.delete(run)
     service.pages.forget(run)
     service.runner.notify()
@@ -376,6 +375,8 @@ def _bundle(service: Service, digest: str) -> Row:
     row = service.storage.bundles.find(digest)
     if row is None:
         raise RefusedError(404, f"there is no bundle {digest}; upload it first")
+    if not service.storage.blobs.is_sound(digest):
+        raise RefusedError(404, f"the file of bundle {digest} is lost or damaged; upload it again")
     return row
 
 
@@ -388,7 +389,7 @@ def _mask_file(
     headers = {"ETag": f'"{row[column]}"', "Cache-Control": IMMUTABLE}
     if if_none_match == headers["ETag"]:
         return Response(status_code=304, headers=headers)
+    if not service.storage.blobs.is_sound(row[column]):
+        raise RefusedError(404, f"the file of mask {digest} is lost or damaged in the service's data folder; submit again")
     path = service.storage.blobs.path(row[column])
-    if not path.is_file():
-        raise RefusedError(503, f"the file of mask {digest} is lost from the service's data folder; submit again")
     return FileResponse(path, media_type=media_type, filename=name, headers=headers)

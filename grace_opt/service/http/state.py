@@ -74,7 +74,7 @@ class Service:
         """Check a file and make it a bundle of the service. Raises InputError if it is not a sound one."""
         bundles, blobs = self.storage.bundles, self.storage.blobs
         known = bundles.find(digest)
-        if known is not None and blobs.path(digest).is_file():
+        if known is not None and blobs.is_sound(digest):
             return known
         _check_header(temporary)
         try:
