@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -26,6 +27,7 @@ CHUNK_SECONDS = 0.5  #: of work that is sent at once: a hundred times what sendi
 LARGEST_CHUNK = 64
 CONNECT_SECONDS = 10.0
 WATCH_SECONDS = 0.5
+PATIENCE_SECONDS = 5.0  #: without a worker, before that is said: one that died is replaced in less
 
 
 @dataclass(eq=False)
@@ -61,8 +63,10 @@ class Cluster:
         self._flying: dict[Future, Chunk] = {}
         self._landed: Queue[Future] = Queue()
         self._unsent: list[Chunk] = []  # for want of a scheduler
+        self._refused: list[tuple[Chunk, list[tuple[RawResult, int]]]] = []  # cannot be sent at all
         self._seconds: dict[tuple[str, int], float] = {}  # of a problem, by solver and n; smoothed
-        self.width, self._looked = 1, -1.0  #: worker threads, as last seen
+        self.workers, self.width, self._looked = 0, 1, -1.0  #: worker threads, as last seen; of a width, none is one
+        self._seen = -math.inf  # when there was a worker, at last
 
     def __enter__(self) -> Self:
         self.connect()
@@ -84,11 +88,28 @@ class Cluster:
 
     def room(self) -> int:
         """How many chunks can be added so that none waits behind another one. At least one worker is assumed."""
-        if time.monotonic() - self._looked > 1.0 and self._client is not None:
-            with suppress(OSError, TimeoutError):
-                self.width = max(1, sum(self._client.nthreads().values()))
-            self._looked = time.monotonic()
+        self._look()
         return self.width - len(self._flying) - len(self._unsent)
+
+    def trouble(self) -> str | None:
+        """That there is no worker, in words; None if there is one, or the last one was there a moment ago."""
+        self._look()
+        if self._client is None or time.monotonic() - self._seen < PATIENCE_SECONDS:
+            return None
+        if self.scheduler is None:
+            return "no worker process of the service is running; restart it"
+        return f"there is no Dask worker at {self.scheduler}; start some with grace-opt worker {self.scheduler}"
+
+    def _look(self) -> None:
+        """Count the workers, at most once a second."""
+        if self._client is None or time.monotonic() - self._looked <= 1.0:
+            return
+        with suppress(OSError, TimeoutError):
+            self.workers = sum(self._client.nthreads().values())
+            self.width = max(1, self.workers)
+        self._looked = time.monotonic()
+        if self.workers:
+            self._seen = self._looked
 
     def chunk_size(self, solver: Solver, n: int) -> int:
         """How many problems of n channels make a chunk of about `CHUNK_SECONDS`."""
@@ -112,9 +133,10 @@ class Cluster:
             OSError: if the scheduler is gone; call again later, nothing is lost.
         """
         self._send()
-        futures, done = [], []
+        futures: list[Future] = []
+        done, self._refused = self._refused, []
         with suppress(Empty):
-            futures.append(self._landed.get(timeout=timeout))
+            futures.append(self._landed.get(timeout=0 if done else timeout))
             while True:
                 futures.append(self._landed.get_nowait())
         for future in futures:
@@ -130,6 +152,7 @@ class Cluster:
     def drop(self, unwanted: Any) -> None:
         """Forget the chunks in flight of which ``unwanted(chunk)`` is true; what solves them is killed."""
         self._unsent = [chunk for chunk in self._unsent if not unwanted(chunk)]
+        self._refused = [each for each in self._refused if not unwanted(each[0])]
         for future, chunk in list(self._flying.items()):
             if unwanted(chunk):
                 del self._flying[future]
@@ -163,7 +186,12 @@ class Cluster:
         from distributed import KilledWorker
 
         if future.status == "finished":
-            results: list[tuple[RawResult, int]] = future.result()
+            try:
+                results: list[tuple[RawResult, int]] = future.result()
+            except OSError:  # lost on the way
+                return None
+            except Exception as error:  # what it said cannot be read here
+                return [(failed(error), 0)] * len(chunk.problems)
             key = (repr(chunk.solver), chunk.problems[0].n)
             mean = sum(elapsed for _, elapsed in results) / len(results) / 1e9
             self._seconds[key] = 0.7 * self._seconds.get(key, mean) + 0.3 * mean
@@ -183,14 +211,21 @@ class Cluster:
         assert self._client is not None
         while self._unsent:
             chunk = self._unsent[0]
-            future = self._client.submit(
-                solve_chunk,
-                chunk.solver,
-                chunk.problems,
-                chunk.limits,
-                versions_of(chunk.solver.capabilities.requires),
-                pure=False,
-            )
+            try:
+                future = self._client.submit(
+                    solve_chunk,
+                    chunk.solver,
+                    chunk.problems,
+                    chunk.limits,
+                    versions_of(chunk.solver.capabilities.requires),
+                    pure=False,
+                )
+            except OSError:
+                raise
+            except Exception as error:  # a solver, of a plug-in, that cannot be sent: its heads' error, no others'
+                del self._unsent[0]
+                self._refused.append((chunk, [(failed(error), 0)] * len(chunk.problems)))
+                continue
             del self._unsent[0]
             self._flying[future] = chunk
             future.add_done_callback(self._landed.put)

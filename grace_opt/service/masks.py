@@ -13,6 +13,7 @@ from grace_opt.graphs import GraphBundle
 from grace_opt.records import budget_name, budget_of
 from grace_opt.service.db.blobs import BlobStore
 from grace_opt.service.db.database import Row
+from grace_opt.service.db.outages import is_outage
 from grace_opt.service.plan import method_of, windows_of
 from grace_opt.solution import Solution
 
@@ -25,7 +26,7 @@ log = logging.getLogger("grace_opt.service")
 def masks_of(records: Sequence[Row], bundle: GraphBundle, request: Mapping[str, Any], blobs: BlobStore) -> list[Row]:
     """A mask for each budget and solver that has a selection for every head, written to the blobs.
 
-    Raises OSError if one cannot be written (a full disk).
+    Raises OSError, or an InputError that comes from one, if a mask cannot be written (a full disk).
     """
     from grace_opt.compression.from_bundle import mask_from_solutions
 
@@ -41,11 +42,13 @@ def masks_of(records: Sequence[Row], bundle: GraphBundle, request: Mapping[str, 
         try:
             solutions = [Solution.from_record(record) for record in heads]
             mask = mask_from_solutions(bundle, solutions, method, readout_scope=scope, **windows)
+            files = _written(mask, blobs)
         except InputError as error:  # no mask can be made of this bundle; its records are still worth having
+            if is_outage(error):
+                raise
             log.warning("there is no mask of %s: %s", solver, error)
             continue
         total = math.fsum(record["objective"] for record in heads)
-        files = _written(mask, blobs)
         rows.append({**budget_of(heads[0]), "solver": solver, **files, "objective_sum": total})
     return rows
 
@@ -58,8 +61,6 @@ def _written(mask: KVMask, blobs: BlobStore) -> dict[str, str]:
     try:
         save_mask(mask, folder)
         description, tensors = ((folder / name).read_bytes() for name in (JSON_NAME, TENSORS_NAME))
-    except InputError as error:  # a full disk, say: wait
-        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return {"digest": blobs.put(description), "tensors": blobs.put(tensors)}

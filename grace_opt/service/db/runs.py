@@ -72,9 +72,10 @@ class RunStore:
             query = query.where(Run.bundle == bundle)
         return self._database.page(query, limit, offset)
 
-    def unfinished(self) -> list[Row]:
-        """The runs to work on, the oldest first."""
-        return self._database.rows(select(Run.__table__).where(Run.state.in_(UNFINISHED)).order_by(Run.id))
+    def unfinished(self) -> list[int]:
+        """The ids of the runs to work on, the oldest first."""
+        query = select(Run.id).where(Run.state.in_(UNFINISHED)).order_by(Run.id)
+        return [row["id"] for row in self._database.rows(query)]
 
     def move(self, run: int, state: State, error: str | None = None) -> bool:
         """Give an unfinished run another state; False if it was not unfinished (cancelled meanwhile, say)."""

@@ -316,7 +316,7 @@ def get_meta(service: Here, caller: Read) -> Any:
         "scope": caller.scope,
         "upload_limit": service.upload_limit,
         "queue_limit": service.queue_limit,
-        "workers": service.cluster.width,
+        "workers": service.cluster.workers,
     }
 
 

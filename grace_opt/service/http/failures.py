@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from grace_opt.errors import InputError
+from grace_opt.service.db.outages import ReplacedError, is_full, is_outage, reason
 from grace_opt.service.db.runs import QueueFullError
 from grace_opt.service.schemas import Failure
 
@@ -62,7 +62,8 @@ def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None
 
     @app.exception_handler(InputError)
     def bad_input(request: Request, error: InputError) -> Response:
-        return answer(request, 422, str(error))
+        cause = error.__cause__
+        return trouble(request, cause) if cause is not None and is_outage(cause) else answer(request, 422, str(error))
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -79,16 +80,28 @@ def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None
         detail = f"{error.args[0]} runs are unfinished, which is as many as this service takes; try again later"
         return answer(request, 429, detail, {"Retry-After": str(RETRY_SECONDS)})
 
-    @app.exception_handler(SQLAlchemyError)
-    def storage(request: Request, error: SQLAlchemyError) -> Response:
-        if "full" in str(getattr(error, "orig", "")).lower():
+    def trouble(request: Request, error: BaseException) -> Response:
+        """Of the database or of a disk."""
+        if is_full(error):
             return answer(request, 507, "the service's disk is full; free some space there, nothing was changed")
-        detail = "the service's database cannot be reached at the moment; try again"
+        if isinstance(error, ReplacedError):
+            detail = str(error)
+        elif isinstance(error, OSError):
+            detail = f"the service cannot read or write its files ({error.strerror}); see its data folder"
+        elif is_outage(error):
+            detail = "the service's database cannot be reached at the moment; try again"
+        elif isinstance(error, DataError | IntegrityError) or not isinstance(error, DBAPIError):
+            return refused_value(request, error)
+        else:
+            detail = f"the service's database does not answer as it should ({reason(error)}); its operator must look"
         return answer(request, 503, detail, {"Retry-After": str(RETRY_SECONDS)})
 
-    @app.exception_handler(OSError)
-    def disk(request: Request, error: OSError) -> Response:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return answer(request, 507, "the service's disk is full; free some space there, nothing was changed")
-        detail = f"the service cannot read or write its files ({error.strerror}); see its data folder"
-        return answer(request, 503, detail, {"Retry-After": str(RETRY_SECONDS)})
+    def refused_value(request: Request, error: Exception) -> Response:
+        """What the database cannot keep, or no machine can hold."""
+        said = reason(error) or type(error).__name__
+        return answer(request, 422, f"the service cannot take what this request names ({said}); send smaller values")
+
+    for outage in (SQLAlchemyError, OSError):
+        app.add_exception_handler(outage, trouble)
+    for kind in (OverflowError, RecursionError, MemoryError, UnicodeError):
+        app.add_exception_handler(kind, refused_value)

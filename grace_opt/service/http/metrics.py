@@ -35,7 +35,7 @@ class _Collector:
         for solver, amount in list(runner.seconds_solving.items()):
             seconds.add_metric([solver], amount)
         yield from (runs, heads, seconds)
-        yield GaugeMetricFamily("grace_opt_workers", "Worker threads of the cluster.", cluster.width)
+        yield GaugeMetricFamily("grace_opt_workers", "Worker threads of the cluster.", cluster.workers)
         yield GaugeMetricFamily("grace_opt_up", "1 while runs are worked on.", float(runner.trouble is None))
 
 
