@@ -62,7 +62,10 @@ def serve(
             queue_limit=queue_limit,
             requests_per_second=requests_per_second,
         )
-        if not quiet:
-            shown = f"[{host}]" if ":" in host else host
-            say(f"grace-opt serves http://{shown}:{port}, data in {storage.folder}; Ctrl-C stops it")
-        run(service, host, port)
+
+        def ready(port: int) -> None:
+            if not quiet:
+                shown = f"[{host}]" if ":" in host else host
+                say(f"grace-opt serves http://{shown}:{port}, data in {storage.folder}; Ctrl-C stops it")
+
+        run(service, host, port, ready=ready)

@@ -183,12 +183,12 @@ def serving(data: Path, storage: str | None = None, *more: str) -> Iterator[tupl
 
 
 @contextmanager
-def live(app: Any) -> Iterator[str]:
-    """An application served by a thread: its address."""
+def live(app: Any, **options: Any) -> Iterator[str]:
+    """An application served by a thread, with more ``options`` of uvicorn's: its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # who comes before the server is up waits
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

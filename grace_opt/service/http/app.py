@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,6 +15,7 @@ from grace_opt.errors import InputError
 from grace_opt.service import schemas
 from grace_opt.service.http import api, failures, html
 from grace_opt.service.http.access import LOOPBACK, Guard, is_loopback
+from grace_opt.service.http.connections import Bounds, bounded
 from grace_opt.service.http.page_cache import FromMemory
 from grace_opt.service.http.state import Service
 
@@ -55,8 +56,23 @@ def create_app(service: Service, *, hosts: tuple[str, ...] | None = LOOPBACK) ->
     return app
 
 
-def serve(service: Service, host: str, port: int) -> None:
-    """Serve until interrupted. Raises InputError if the address cannot be bound."""
+def serve(
+    service: Service,
+    host: str,
+    port: int,
+    *,
+    ready: Callable[[int], None] = lambda port: None,
+    bounds: Bounds | None = None,
+) -> None:
+    """Serve until a signal raises KeyboardInterrupt, which ends it in the regular way.
+
+    Args:
+        ready: is told the port, once it is bound; it matters where ``port`` is 0.
+        bounds: of connections, if not the default ones.
+
+    Raises:
+        InputError: if the address cannot be bound.
+    """
     import uvicorn
 
     hosts = (*LOOPBACK, host) if is_loopback(host) else None
@@ -68,9 +84,13 @@ def serve(service: Service, host: str, port: int) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
+        http=bounded(bounds or Bounds()),
+        ws="none",
     )
     with _bound(host, port) as listener:
-        uvicorn.Server(config).run(sockets=[listener])
+        ready(listener.getsockname()[1])
+        with suppress(KeyboardInterrupt):  # uvicorn stops in order, and then lets the signal do what it did before
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _bound(host: str, port: int) -> socket.socket:

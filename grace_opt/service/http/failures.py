@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from grace_opt.errors import InputError
 from grace_opt.service.db.outages import ReplacedError, is_full, is_outage, reason
@@ -100,6 +101,10 @@ def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None
         """What the database cannot keep, or no machine can hold."""
         said = reason(error) or type(error).__name__
         return answer(request, 422, f"the service cannot take what this request names ({said}); send smaller values")
+
+    @app.exception_handler(ClientDisconnect)
+    def gone(request: Request, error: ClientDisconnect) -> Response:
+        return answer(request, 400, "the request broke off; send it again")  # nobody reads it, nor a traceback
 
     for outage in (SQLAlchemyError, OSError):
         app.add_exception_handler(outage, trouble)
