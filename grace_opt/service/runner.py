@@ -263,7 +263,9 @@ def _sentence(error: Exception) -> str:
     elif isinstance(error, RecursionError):
         said = "the run's request is nested too deeply; submit it with plain options"
     elif isinstance(error, SQLAlchemyError | OverflowError | UnicodeError):
-        said = f"the database does not take what belongs to this run ({reason(error)}); see its bundle's names and numbers"
+        said = (
+            f"the database does not take what belongs to this run ({reason(error)}); see its bundle's names and numbers"
+        )
     else:
         said = str(error) or repr(error)
     said = said.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")

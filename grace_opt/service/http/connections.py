@@ -156,5 +156,7 @@ class _Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             body = Failure(title=title, status=status, detail=detail).model_dump()
             content = json.dumps(body).encode()
             head = f"HTTP/1.1 {status} {title}\r\nContent-Type: application/problem+json\r\nRetry-After: 5\r\n"
-            self.transport.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
+            self.transport.write(
+                f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
+            )
         self.transport.close()
