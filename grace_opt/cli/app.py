@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -21,6 +20,7 @@ from grace_opt.cli.fetch import fetch
 from grace_opt.cli.generate import generate
 from grace_opt.cli.methods import methods
 from grace_opt.cli.options import grouped
+from grace_opt.cli.output import say
 from grace_opt.cli.serve import serve
 from grace_opt.cli.solve import solve
 from grace_opt.cli.solvers import solvers
@@ -117,5 +117,5 @@ def _failed(message: str, code: int, debug: bool) -> int:
         from rich.console import Console
 
         Console(stderr=True).print_exception()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}")
     return code

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grace_opt.cli.options import OutputFolder, QuietOption, ServiceOptions
+from grace_opt.cli.options import ConfigOption, OutputFolder, QuietOption, ServiceOptions
 from grace_opt.cli.output import say
 from grace_opt.errors import InputError
 
@@ -28,10 +28,11 @@ def fetch(
         float | None, typer.Option("--budget-bytes", help="The same, of a budget in bytes.")
     ] = None,
     service: ServiceOptions,
+    config: ConfigOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Write a mask of a run to a folder, for grace-opt generate and export."""
-    with service.client() as client:
+    with service.client(quiet) as client:
         masks = client.masks(run)
         budgets = list(dict.fromkeys(_words(mask) for mask in masks))
         if ratio is None and budget_bytes is None and len(budgets) > 1:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from grace_opt.cli.options import FormatOption, StoreOptions
+from grace_opt.cli.options import ConfigOption, FormatOption, StoreOptions
 from grace_opt.cli.output import Format, print_records
 from grace_opt.errors import InputError
 
@@ -16,6 +16,7 @@ def add(
     *,
     scope: Annotated[str, typer.Option("--scope", help="read, submit (and read) or admin (everything).")] = "submit",
     storing: StoreOptions,
+    config: ConfigOption = None,
 ) -> None:
     """Make an API key and print it; it is not kept and cannot be shown again."""
     from grace_opt.service.db.storage import opened
@@ -31,7 +32,7 @@ def add(
     print(key)
 
 
-def show(storing: StoreOptions, format: FormatOption = Format.TABLE) -> None:
+def show(storing: StoreOptions, config: ConfigOption = None, format: FormatOption = Format.TABLE) -> None:
     """List the API keys, without the keys themselves."""
     from grace_opt.service.db.storage import opened
 
@@ -41,7 +42,9 @@ def show(storing: StoreOptions, format: FormatOption = Format.TABLE) -> None:
     print_records(rows, format, columns)
 
 
-def remove(name: Annotated[str, typer.Argument(help="Whose it was.")], storing: StoreOptions) -> None:
+def remove(
+    name: Annotated[str, typer.Argument(help="Whose it was.")], storing: StoreOptions, config: ConfigOption = None
+) -> None:
     """Remove an API key; a running service refuses it from then on."""
     from grace_opt.service.db.storage import opened
 

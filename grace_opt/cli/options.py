@@ -91,7 +91,12 @@ SeedOption = Annotated[int, option("--seed", help="Seed of all randomness.")]
 SchedulerOption = Annotated[
     str | None, option("--scheduler", help="Address of a Dask scheduler; workers of this machine if left out.")
 ]
-WaitOption = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end of the run.")]
+WaitOption = Annotated[
+    bool, typer.Option("--wait/--no-wait", help="Wait for the end of the run, through outages of the service.")
+]
+TimeoutOption = Annotated[
+    float | None, typer.Option("--timeout", help="Seconds to wait at most; the run goes on.", min=0.0)
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,8 +287,8 @@ class ServiceOptions:
     url: Annotated[str, option("--url", help="Address of the service.")] = "http://127.0.0.1:8080"
     key: Annotated[str | None, option("--key", help="API key; better given as GRACE_OPT_KEY.")] = None
 
-    def client(self) -> Client:
-        """A client of it, to be closed."""
+    def client(self, quiet: bool, patience: float | None = None) -> Client:
+        """A client of it, to be closed, which waits ``patience`` seconds for a service that is away (as `Client`)."""
         from grace_opt.service.client import Client
 
-        return Client(self.url, self.key)
+        return Client(self.url, self.key, patience=patience, waiting=Talk(quiet=quiet).say)

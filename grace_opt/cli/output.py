@@ -19,19 +19,25 @@ class Format(StrEnum):
     JSON = "json"
 
 
-def print_records(records: Sequence[Mapping[str, Any]], format: Format, columns: Sequence[str] | None = None) -> None:
-    """Print records: all of them as one JSON object, or a table of ``columns`` (those of the first record)."""
+def print_records(
+    records: Sequence[Mapping[str, Any]], format: Format, columns: Sequence[str] | None = None, **more: Any
+) -> None:
+    """Print records: all of them as one JSON object, after what is ``more``, or a table of ``columns``.
+
+    The columns are those of the first record if left out.
+    """
     if format is Format.JSON:
-        sys.stdout.write(json.dumps({"records": records}, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps({**more, "records": records}, allow_nan=False) + "\n")
         return
     from rich.table import Table
+    from rich.text import Text
 
     columns = columns or list(records[0])
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name == "solver")
     for record in records:
-        table.add_row(*(cell(record.get(name)) for name in columns))
+        table.add_row(*(Text(shown(cell(record.get(name)))) for name in columns))  # a name may look like Rich's markup
     print_rich(table)
 
 
@@ -39,8 +45,9 @@ def print_rich(renderable: Any) -> None:
     """Print a table of Rich's on stdout."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 120  # a pipe is no reason to fold tables
-    Console(width=width).print(renderable)
+    # A pipe is no reason to fold tables. Without a height Rich would take 80 columns all the same where TERM is dumb.
+    size = {} if sys.stdout.isatty() else {"width": 120, "height": 100}
+    Console(**size).print(renderable)
 
 
 def cell(value: Any) -> str:
@@ -50,9 +57,31 @@ def cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def shown(text: str) -> str:
+    """A text of somebody else's (a name, an error, what a solver said) as a terminal may show it.
+
+    Control characters, which move the cursor, set colours or turn the direction of writing, become escapes like \\x1b.
+    """
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def say(message: str) -> None:
     """Print a sentence on stderr."""
-    print(message, file=sys.stderr)
+    print("\n".join(map(shown, message.split("\n"))), file=sys.stderr)
+
+
+class _Shown(logging.Formatter):
+    """Log lines as a terminal may show them: they have names and errors of others in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(shown, super().format(record).split("\n")))
+
+
+def log_to_stderr() -> None:
+    """Print what the package logs, from warnings on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Shown())
+    logging.getLogger("grace_opt").addHandler(handler)
 
 
 @contextmanager

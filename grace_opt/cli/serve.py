@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grace_opt.cli.options import ConfigOption, QuietOption, SchedulerOption, StoreOptions, VerboseOption, option
-from grace_opt.cli.output import say
+from grace_opt.cli.output import log_to_stderr, say
 from grace_opt.cli.provenance import explain
 from grace_opt.errors import InputError
 
@@ -38,6 +38,7 @@ def serve(
 ) -> None:
     """Run the solver service: API, pages, and workers of its own or of a Dask cluster."""
     explain(ctx, verbose)
+    log_to_stderr()
     from grace_opt.engines.dask import Cluster
     from grace_opt.service.db.storage import opened
     from grace_opt.service.http.access import is_loopback

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grace_opt.cli.options import FormatOption, QuietOption, ServiceOptions, WaitOption
+from grace_opt.cli.options import (
+    ConfigOption,
+    FormatOption,
+    QuietOption,
+    ServiceOptions,
+    TimeoutOption,
+    WaitOption,
+)
 from grace_opt.cli.output import Format, print_records, say
 from grace_opt.cli.progress import progress
 from grace_opt.errors import InputError
@@ -20,13 +28,15 @@ def status(
     run: Annotated[int | None, typer.Argument(metavar="[RUN]", help="Id of a run; all if left out.")] = None,
     *,
     wait: WaitOption = False,
+    timeout: TimeoutOption = None,
     cancel: Annotated[bool, typer.Option("--cancel", help="Stop the run.")] = False,
     service: ServiceOptions,
+    config: ConfigOption = None,
     format: FormatOption = Format.TABLE,
     quiet: QuietOption = False,
 ) -> None:
     """Show the runs of a service, or one of them with its solvers' summary."""
-    with service.client() as client:
+    with service.client(quiet, patience_of(wait, timeout)) as client:
         if run is None:
             if wait or cancel:
                 raise InputError("--wait and --cancel are for one run; give its id")
@@ -38,25 +48,43 @@ def status(
             return
         one = client.cancel(run) if cancel else client.run(run)
         if wait:
-            one = waited(client, one, quiet)
+            one = waited(client, one, quiet, timeout)
         print_run(client, one, format)
+    require_complete(one, wait)
 
 
-def waited(client: Client, run: Run, quiet: bool) -> Run:
-    """The run when it has ended. Raises InputError if it is not complete then."""
-    with progress(quiet) as show:
-        ended = client.wait(run.id, lambda newest: show(f"run {run.id}, heads", newest.done, newest.total))
-    if ended.state != "complete":
-        raise InputError(f"run {run.id} is {ended.state}{': ' + ended.error if ended.error else ''}")
-    return ended
+def patience_of(wait: bool, timeout: float | None) -> float | None:
+    """How long a client bears with a service that is away: as long as the user does. Raises InputError."""
+    if timeout is not None and not wait:
+        raise InputError("--timeout says how long to --wait; give both")
+    if not wait:
+        return None
+    return math.inf if timeout is None else timeout
+
+
+def waited(client: Client, run: Run, quiet: bool, timeout: float | None) -> Run:
+    """The run when it has ended, however that was. Raises InputError if it has not after ``timeout`` seconds."""
+    try:
+        with progress(quiet) as show:
+            heads = f"run {run.id}, heads"
+            return client.wait(run.id, lambda newest: show(heads, newest.done, newest.total), timeout=timeout)
+    except KeyboardInterrupt:
+        say(f"run {run.id} goes on; grace-opt status {run.id} --wait follows it, --cancel stops it")
+        raise
+
+
+def require_complete(run: Run, wait: bool) -> None:
+    """Raise InputError if a run that was waited for is not complete."""
+    if wait and run.state != "complete":
+        raise InputError(f"run {run.id} is {run.state}{': ' + run.error if run.error else ''}")
 
 
 def print_run(client: Client, run: Run, format: Format) -> None:
-    """Print the records of a complete run, or its summary, or how far it is."""
+    """Print a run: as JSON itself and all records that it has; as a table its summary, or how far it is."""
     from grace_opt.reports.tables import summary_columns, summary_row
 
-    if format is Format.JSON and run.state == "complete":
-        print_records(client.records(run.id), format)
+    if format is Format.JSON:
+        print_records(client.records(run.id), format, run=run.model_dump(mode="json"))
     elif run.summary:
         rows = [row.model_dump() for row in run.summary]
         print_records([summary_row(row) for row in rows], format, summary_columns(rows))

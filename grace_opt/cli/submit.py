@@ -16,11 +16,12 @@ from grace_opt.cli.options import (
     SolversOption,
     SolversOptions,
     Talk,
+    TimeoutOption,
     WaitOption,
     option,
 )
 from grace_opt.cli.provenance import explain
-from grace_opt.cli.status import print_run, waited
+from grace_opt.cli.status import patience_of, print_run, require_complete, waited
 
 
 def submit(
@@ -38,6 +39,7 @@ def submit(
         str | None, typer.Option("--idempotency-key", help="The same key again gives the same run.")
     ] = None,
     wait: WaitOption = False,
+    timeout: TimeoutOption = None,
     service: ServiceOptions,
     talk: Talk,
 ) -> None:
@@ -46,7 +48,7 @@ def submit(
     options = named_options("--solver-option", solver, solver_option or [])
     given = choice.given()
     choice.made(given, [each for each in asked.budgets() if not isinstance(each, float)])  # before anything is sent
-    with service.client() as client:
+    with service.client(talk.quiet, patience_of(wait, timeout)) as client:
         talk.say(f"uploading {bundle} unless the service has it")
         run = client.submit(
             client.upload(bundle).digest,
@@ -63,5 +65,6 @@ def submit(
         )
         talk.say(f"run {run.id}: {run.total} heads to solve; {service.url.rstrip('/')}/runs/{run.id}")
         if wait:
-            run = waited(client, run, talk.quiet)
+            run = waited(client, run, talk.quiet, timeout)
         print_run(client, run, talk.format)
+    require_complete(run, wait)

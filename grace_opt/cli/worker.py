@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Annotated
 
 import typer
 
 from grace_opt.cli.options import option
+from grace_opt.cli.output import say
+from grace_opt.errors import InputError
 
 
 def worker(
@@ -16,6 +16,9 @@ def worker(
     workers: Annotated[int, option("--workers", help="Worker processes to start.")] = 1,
 ) -> None:
     """Run workers for a Dask scheduler (dask scheduler starts one) until interrupted."""
-    # One thread each: a solver has a process of its own beside its worker, and threads of its own if it wants them.
-    more = ["--nworkers", str(workers), "--nthreads", "1", "--no-dashboard"]
-    os.execv(sys.executable, [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, *more])
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
+    from grace_opt.engines.dask import run_workers
+
+    say(f"{workers} workers for the Dask scheduler at {scheduler}, for which they wait; Ctrl-C stops them")
+    run_workers(scheduler, workers)

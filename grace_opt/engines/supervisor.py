@@ -138,6 +138,7 @@ def _work(solver: Solver, problems: Sequence[SubsetProblem], limits: Limits) -> 
 def _start(parent: int) -> None:
     """A process's first work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which it does; Dask's workers are deaf to it
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,13 @@ from grace_opt.errors import InputError
 from grace_opt.files import file_sha256, replacing
 from grace_opt.service import schemas
 from grace_opt.service.db.tables import UNFINISHED
+from grace_opt.service.network import transport_options
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 POLL_SECONDS = 0.5
 RETRIES = 5  #: of requests that may be sent again, while the service is away or busy
+BUSY = (429, 502, 503, 504)  #: answers, of the service or of a proxy before it, that another try may better
+LONGEST_PAUSE = 5.0  #: seconds between two tries
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -36,18 +40,40 @@ class ServiceError(InputError):
 class Client:
     """Talks to a service. Every method raises ServiceError if the service refuses, InputError if none answers.
 
+    A proxy that the environment names (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, less what NO_PROXY does) is used, but never
+    for a service on this machine; SSL_CERT_FILE and SSL_CERT_DIR name authorities of certificates. A netrc file is not
+    read: the key is all that is sent.
+
     Args:
         url: of the service.
         key: API key, where the service needs one.
+        patience: seconds for which a service that has answered once may be away, or its database: until then requests
+            are sent again. None: a few tries. ``math.inf``: until it is back.
+        waiting: is told in a sentence, once an outage, what is being waited for.
+
+    Raises:
+        InputError: if the address, the key, or what the environment says of proxies and certificates is of no use.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, key: str | None = None) -> None:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self.url = url
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        key: str | None = None,
+        *,
+        patience: float | None = None,
+        waiting: Callable[[str], None] = lambda why: None,
+    ) -> None:
+        if key and not (key.isascii() and key.isprintable() and " " not in key):
+            raise InputError("the API key has characters that no key has; give it as grace-opt keys add printed it")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.url, self.patience, self.waiting = url, patience, waiting
+        self._met = False  # whether the service has ever answered
         try:
-            self._http = httpx.Client(base_url=url, headers=headers, timeout=60)
-        except (httpx.InvalidURL, UnicodeEncodeError) as error:
-            raise InputError(f"{url!r} or the API key is not well formed ({error})") from None
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=60, **transport_options(url))  # type: ignore[arg-type]
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise InputError(
+                f"{url!r} is not the address of a service ({error}); give one like {DEFAULT_URL}"
+            ) from None
 
     def __enter__(self) -> Self:
         return self
@@ -130,24 +156,37 @@ class Client:
         """Runs, the newest first."""
         return self._get(schemas.Runs, "/api/runs", limit=limit, offset=offset)
 
-    def wait(self, run: int, progress: Callable[[schemas.Run], None] = lambda run: None) -> schemas.Run:
-        """Wait for the end of a run, across restarts of the service of up to a minute."""
-        away: float | None = None
+    def wait(
+        self,
+        run: int,
+        progress: Callable[[schemas.Run], None] = lambda run: None,
+        *,
+        timeout: float | None = None,
+    ) -> schemas.Run:
+        """Wait for the end of a run, across outages of the service and its database, however long.
+
+        Args:
+            run: its id.
+            progress: is given the run each time that it was asked for.
+            timeout: seconds after which to give up; None: never.
+
+        Raises:
+            InputError: if the run has not ended then; it goes on all the same.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
-            try:
-                found = self.run(run)
-            except ServiceError:
-                raise
-            except InputError:
-                away = away or time.monotonic()
-                if time.monotonic() - away > 60:
-                    raise
-            else:
-                away = None
-                progress(found)
-                if found.state not in UNFINISHED:
-                    return found
-            time.sleep(POLL_SECONDS)
+            left = deadline - time.monotonic()
+            found = self._get(schemas.Run, f"/api/runs/{run}", patience=max(0.0, left))
+            progress(found)
+            if found.state not in UNFINISHED:
+                return found
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise InputError(
+                    f"run {run} has not ended in {timeout:g} s: it is {found.state}, {found.done} of {found.total}; "
+                    f"it goes on, and grace-opt status {run} --wait follows it"
+                )
+            time.sleep(min(POLL_SECONDS, left))
 
     def records(self, run: int, **filters: Any) -> list[dict[str, Any]]:
         """All records of a run, as `grace-opt compare` writes them; ``filters`` are those of the API."""
@@ -190,30 +229,63 @@ class Client:
         answer = self._send(lambda: self._http.get("/api/solvers"))
         return TypeAdapter(list[schemas.SolverInfo]).validate_json(answer.content)
 
-    def _get(self, model: type[Model], path: str, **parameters: Any) -> Model:
-        return _read(model, self._send(lambda: self._http.get(path, params=parameters)))
+    def _get(self, model: type[Model], path: str, *, patience: float | None = None, **parameters: Any) -> Model:
+        return _read(model, self._send(lambda: self._http.get(path, params=parameters), patience))
 
-    def _send(self, request: Callable[[], httpx.Response]) -> httpx.Response:
+    def _send(self, request: Callable[[], httpx.Response], patience: float | None = None) -> httpx.Response:
         """The answer; requests that fail for the moment are sent again, as all of ours may be."""
-        for attempt in range(RETRIES):
-            last = attempt == RETRIES - 1
+        patience = self.patience if patience is None else patience
+        began, attempt, pause = time.monotonic(), 0, 0.0
+        while True:
+            attempt += 1
             try:
                 answer = request()
             except (httpx.TransportError, OSError) as error:
-                if last or isinstance(error, httpx.UnsupportedProtocol | httpx.ConnectError):
-                    raise InputError(
-                        f"no grace-opt service answers at {self.url} ({error or type(error).__name__}); "
-                        "start one with grace-opt serve, or give its address with --url"
-                    ) from None
-                time.sleep(0.2 * 2**attempt)
-                continue
-            if answer.status_code in (429, 503) and not last:
-                time.sleep(min(5.0, float(answer.headers.get("Retry-After", "1"))))
-                continue
-            if answer.status_code >= 400:
-                raise ServiceError(answer.status_code, _sentence(answer))
-            return answer
-        raise AssertionError
+                trouble: InputError = self._silence(error)
+                passes = self._met or not isinstance(error, httpx.ConnectError)
+                passes = passes and not isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError)
+                pause = min(LONGEST_PAUSE, 0.2 * 2**attempt)
+            else:
+                self._met = True
+                if answer.is_redirect:
+                    where = answer.headers.get("Location", "another address")
+                    raise InputError(f"{self.url} sends to {where}; give the service's own address with --url")
+                if answer.status_code < 400:
+                    return answer
+                trouble = ServiceError(answer.status_code, _sentence(answer))
+                passes = answer.status_code in BUSY
+                pause = _retry_after(answer)
+            left = math.inf if patience is None else patience - (time.monotonic() - began)
+            if not passes or left <= 0 or (patience is None and attempt == RETRIES):
+                raise trouble
+            if attempt == 2:  # not for a hiccup
+                self.waiting(f"waiting for {self.url}: {trouble}")
+            time.sleep(min(pause, left))
+
+    def _silence(self, error: Exception) -> InputError:
+        """What it means that there is no answer."""
+        said = str(error) or type(error).__name__
+        if "CERTIFICATE_VERIFY_FAILED" in said:
+            return InputError(
+                f"the certificate of {self.url} is not one to trust ({said}); name the file of its authority in "
+                "SSL_CERT_FILE"
+            )
+        if "[SSL" in said:
+            return InputError(
+                f"{self.url} does not speak https ({said}); give its address with http:// or mend its TLS"
+            )
+        return InputError(
+            f"no grace-opt service answers at {self.url} ({said}); "
+            "start one with grace-opt serve, or give its address with --url"
+        )
+
+
+def _retry_after(answer: httpx.Response) -> float:
+    """Seconds to the next try; a proxy may name a date in place of them."""
+    try:
+        return min(LONGEST_PAUSE, max(0.1, float(answer.headers.get("Retry-After", "1"))))
+    except ValueError:
+        return 1.0
 
 
 def _read(model: type[Model], answer: httpx.Response) -> Model:

@@ -99,6 +99,8 @@ class Runner(threading.Thread):
                     self._news.wait(IDLE_SECONDS)
                 self.trouble = next((why for _, why in self._paused.values()), self.cluster.trouble())
             except Exception as error:  # the storage or the scheduler is away; or a mistake of ours, which may pass
+                if self._ending.is_set():
+                    break
                 if not isinstance(error, SQLAlchemyError | OSError | InputError):
                     log.exception("the runner goes on after")
                 why = reason(error)
@@ -263,9 +265,7 @@ def _sentence(error: Exception) -> str:
     elif isinstance(error, RecursionError):
         said = "the run's request is nested too deeply; submit it with plain options"
     elif isinstance(error, SQLAlchemyError | OverflowError | UnicodeError):
-        said = (
-            f"the database does not take what belongs to this run ({reason(error)}); see its bundle's names and numbers"
-        )
+        said = f"the database does not take what belongs to this run ({reason(error)}); see its names and numbers"
     else:
         said = str(error) or repr(error)
     said = said.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")

@@ -42,7 +42,7 @@ class FileLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise taken from None
             raise InputError(
-                f"cannot lock {path}: {error.strerror}; its file system may have no locks: choose a folder on a local disk"
+                f"cannot lock {path}: {error.strerror}; choose a folder on a local disk, which has locks"
             ) from None
 
     def is_in_place(self) -> bool:

@@ -390,8 +390,6 @@ def _mask_file(
     if if_none_match == headers["ETag"]:
         return Response(status_code=304, headers=headers)
     if not service.storage.blobs.is_sound(row[column]):
-        raise RefusedError(
-            404, f"the file of mask {digest} is lost or damaged in the service's data folder; submit again"
-        )
+        raise RefusedError(404, f"the file of mask {digest} is lost or damaged; submit its run again")
     path = service.storage.blobs.path(row[column])
     return FileResponse(path, media_type=media_type, filename=name, headers=headers)

@@ -21,7 +21,7 @@ UPGRADE_LOCK = 0x6D696772  #: of the one process that upgrades a PostgreSQL data
 
 
 def upgrade(engine: Engine) -> None:
-    """Bring the tables up to date, all or nothing. Raises alembic's CommandError if they are newer than this package."""
+    """Bring the tables up to date, all or nothing. Raises alembic's CommandError if they are newer than this."""
     from alembic import command
     from alembic.config import Config
 
