@@ -46,8 +46,8 @@ def print_rich(renderable: Any) -> None:
     from rich.console import Console
 
     # A pipe is no reason to fold tables. Without a height Rich would take 80 columns all the same where TERM is dumb.
-    size = {} if sys.stdout.isatty() else {"width": 120, "height": 100}
-    Console(**size).print(renderable)
+    console = Console() if sys.stdout.isatty() else Console(width=120, height=100)
+    console.print(renderable)
 
 
 def cell(value: Any) -> str:

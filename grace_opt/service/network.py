@@ -10,12 +10,13 @@ import os
 import socket
 import ssl
 from collections.abc import Mapping
-from urllib.request import getproxies, proxy_bypass_environment
+from urllib.request import getproxies, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import httpx
 
 from grace_opt.errors import InputError
 
+LAST_PORT = (1 << 16) - 1
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
@@ -26,6 +27,8 @@ def transport_options(url: str) -> dict[str, object]:
         InputError: if the environment names a proxy or certificates that cannot be used.
     """
     target = httpx.URL(url)
+    if (target.port or 1) > LAST_PORT:
+        raise httpx.InvalidURL(f"there is no port {target.port}")
     proxy = proxy_of(target)
     options: dict[str, object] = {"trust_env": False, "proxy": proxy}
     if target.scheme == "https" or (proxy or "").startswith("https:"):
@@ -59,7 +62,7 @@ def proxy_of(url: httpx.URL) -> str | None:
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     try:
         found = httpx.URL(proxy)
-        if found.scheme not in PROXY_SCHEMES or not found.host:
+        if found.scheme not in PROXY_SCHEMES or not found.host or (found.port or 1) > LAST_PORT:
             raise ValueError("its address must be like http://host:port")
         httpx.HTTPTransport(proxy=proxy, trust_env=False, verify=False).close()
     except (ValueError, ImportError, httpx.InvalidURL) as error:

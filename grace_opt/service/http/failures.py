@@ -97,7 +97,7 @@ def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None
             detail = f"the service's database does not answer as it should ({reason(error)}); its operator must look"
         return answer(request, 503, detail, {"Retry-After": str(RETRY_SECONDS)})
 
-    def refused_value(request: Request, error: Exception) -> Response:
+    def refused_value(request: Request, error: BaseException) -> Response:
         """What the database cannot keep, or no machine can hold."""
         said = reason(error) or type(error).__name__
         return answer(request, 422, f"the service cannot take what this request names ({said}); send smaller values")
