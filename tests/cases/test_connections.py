@@ -19,6 +19,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from grace_opt.service.http.connections import HEAD_BYTES, Bounds, bounded
+from tests.support import ROOT
 from tests.support.serving import live
 
 SHORT = Bounds(head_seconds=0.3, piece_seconds=0.4, bytes_per_second=2000.0, connections=4, streams=3)
@@ -197,3 +198,11 @@ def test_streams_of_events_take_no_places_and_are_not_cut(url: str) -> None:
             assert [next(line) for line in lines for _ in range(2)]
         assert httpx.get(f"{url}/echo").status_code == 200
         assert len(idle) < SHORT.connections
+
+
+def test_the_docs_state_the_bounds() -> None:
+    said = " ".join((ROOT / "docs" / "service.md").read_text().split())
+    bounds = Bounds()
+    assert f"head must be there after {bounds.head_seconds:g} s" in said
+    assert f"may pause for {bounds.piece_seconds:g} s and must come with {bounds.bytes_per_second:g} bytes" in said
+    assert f"{bounds.connections} connections are served at a time, beside {bounds.streams} streams" in said
