@@ -63,6 +63,7 @@ class Postgres:
         self.user = "nobody" if os.getuid() == 0 else None
         if self.user:
             shutil.chown(self.folder, self.user)
+            self.folder.chmod(0o711)  # for a root that may not do everything
         self._run("initdb", "-D", str(self.folder / "data"), "-A", "trust", "-U", "test", "--no-sync")
         self.start()
 
