@@ -66,11 +66,14 @@ TABLES: dict[str, tuple[str, ...]] = {
 
 # Tables that few commands read: a mask's window is not set by the table that is about calibration.
 ONLY = {"calibration": ("calibrate",), "generation": ("generate", "demo"), "evaluation": ("evaluate",)}
+#: Commands that read one table: --solver and --ratio of fetch say which mask, not how to solve.
+SERVICE_ONLY = ("status", "fetch")
 
 
 def tables_of(command: str) -> dict[str, tuple[str, ...]]:
     """The tables that a command reads, with their options."""
-    return {table: options for table, options in TABLES.items() if command in ONLY.get(table, (command,))}
+    tables = ("service",) if command in SERVICE_ONLY else TABLES
+    return {table: TABLES[table] for table in tables if command in ONLY.get(table, (command,))}
 
 
 def read_config(path: str | Path, command: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def worker(
     """Run workers for a Dask scheduler (dask scheduler starts one) until interrupted."""
     if workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
-    from grace_opt.engines.dask import run_workers
+    from grace_opt.engines.dask_workers import run_workers
 
     say(f"{workers} workers for the Dask scheduler at {scheduler}, for which they wait; Ctrl-C stops them")
     run_workers(scheduler, workers)

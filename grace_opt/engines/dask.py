@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import logging
 import math
 import os
-import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Self
 
+from grace_opt.engines.dask_workers import dask_package, deaf_to_interrupts, own_defaults
 from grace_opt.engines.outcome import Outcome, failed, is_batched
 from grace_opt.engines.supervisor import Supervisor
 from grace_opt.errors import InputError
@@ -255,13 +252,13 @@ class Cluster:
             raise
 
     def _open(self) -> None:
-        dask = _dask()
+        dask = dask_package()
         from distributed import Client
 
         # What is made here, workers that are started later too, keeps these settings; those of the process stay. What
         # the environment and Dask's files say (DASK_*) is for a cluster of the user's, not for processes of ours.
         settings = {
-            **({} if self.scheduler else {"distributed": _defaults(dask), "temporary-directory": None}),
+            **({} if self.scheduler else {"distributed": own_defaults(dask), "temporary-directory": None}),
             "distributed.worker.http.routes": [],
             "distributed.scheduler.http.routes": [],
             "distributed.comm.timeouts.connect": CONNECT_SECONDS,
@@ -269,7 +266,7 @@ class Cluster:
         with dask.config.set(settings):
             if self.scheduler is None:
                 try:
-                    with _deaf_to_interrupts():
+                    with deaf_to_interrupts():
                         self._local = _local_cluster(self._workers)
                 except (OSError, RuntimeError, TimeoutError) as error:
                     raise InputError(
@@ -306,79 +303,6 @@ def _local_cluster(workers: int) -> LocalCluster:
         scheduler_kwargs={"timeout": CONNECT_SECONDS},
         silence_logs=logging.CRITICAL,
     )
-
-
-def _dask() -> Any:
-    """The package. Raises InputError if the configuration that it reads when it is imported is of no use to it."""
-    try:
-        import dask
-        import distributed  # noqa: F401  (reads its own)
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"Dask's configuration cannot be read ({error}); correct the file, or DASK_CONFIG") from None
-    return dask
-
-
-def _defaults(dask: Any) -> Any:
-    """What Dask's package says of ``distributed``, in a copy."""
-    return copy.deepcopy(dask.config.merge(*dask.config.defaults)["distributed"])
-
-
-def run_workers(scheduler: str, count: int) -> None:
-    """Run worker processes for a Dask scheduler, until KeyboardInterrupt, which ends them in order.
-
-    Raises:
-        InputError: if they cannot be started, or the address is of no scheduler.
-    """
-    _dask()
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters of it, we say
-    stop, trouble = threading.Event(), []
-
-    async def serve() -> None:
-        from distributed import Nanny
-        from distributed.core import Status
-
-        # One thread each: a solver has a process of its own beside its worker, and threads of its own if it wants them.
-        nannies = [Nanny(scheduler, nthreads=1, dashboard=False) for _ in range(count)]
-        starting = asyncio.gather(*nannies)
-        try:
-            while not stop.is_set() and not all(nanny.status == Status.closed for nanny in nannies):
-                await asyncio.wait([starting], timeout=0.2) if not starting.done() else await asyncio.sleep(0.2)
-                if starting.done():
-                    starting.result()
-        finally:
-            starting.cancel()
-            await asyncio.gather(*(nanny.close(timeout=5) for nanny in nannies), return_exceptions=True)
-
-    def run() -> None:
-        try:
-            asyncio.run(serve())
-        except Exception as error:
-            trouble.append(error)
-
-    with _deaf_to_interrupts():
-        thread = threading.Thread(target=run, name="workers")
-        thread.start()
-    try:
-        thread.join()
-    except KeyboardInterrupt:
-        stop.set()
-        thread.join()
-    if trouble and not stop.is_set():
-        raise InputError(f"the workers for {scheduler} ended ({trouble[0]}); see that there is one, and run again")
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Threads and processes that are begun here do not hear Ctrl-C, nor SIGTERM: this process does, and ends them.
-
-    Both are often sent to all processes at once, by terminals and by service managers.
-    """
-    resource_tracker.ensure_running()  # which would let them hear it again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _parts(chunk: Chunk) -> list[Chunk]:
