@@ -58,7 +58,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "engine": ("engine", "scheduler", "workers", "isolate"),
     "service": (
         *("data", "storage", "host", "port", "require_keys", "upload_limit", "queue_limit", "requests_per_second"),
-        *("url", "key"),
+        *("public_url", "allowed_host", "root_path", "trusted_proxy", "url", "key"),
     ),
     "generation": ("prompt", "max_new_tokens", "num_beams"),
 }

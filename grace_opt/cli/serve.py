@@ -25,6 +25,21 @@ def serve(
         bool,
         option("--require-keys/--no-require-keys", help="Ask for API keys here too, e.g. behind a reverse proxy."),
     ] = False,
+    public_url: Annotated[
+        str | None,
+        option("--public-url", help="Address that users type, if a reverse proxy has it: https://HOST/PATH."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        option("--allowed-host", help="Another name by which requests may address the server; repeatable."),
+    ] = None,
+    root_path: Annotated[
+        str | None, option("--root-path", help="Path below which a reverse proxy has it, if --public-url does not say.")
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        option("--trusted-proxy", help="Address or network whose X-Forwarded-For and -Proto count; repeatable."),
+    ] = None,
     workers: Annotated[int | None, option("--workers", help="Worker processes; one a core if left out.")] = None,
     scheduler: SchedulerOption = None,
     upload_limit: Annotated[int, option("--upload-limit", help="Bytes of a bundle at most.")] = 1 << 30,
@@ -41,24 +56,25 @@ def serve(
     log_to_stderr()
     from grace_opt.engines.dask import Cluster
     from grace_opt.service.db.storage import opened
-    from grace_opt.service.http.access import is_loopback
     from grace_opt.service.http.app import serve as run
+    from grace_opt.service.http.site import networks, site_of
     from grace_opt.service.http.state import Service
 
     for name, value in (("upload", upload_limit), ("queue", queue_limit), ("requests", requests_per_second)):
         if not 0 < value < 1e15:
             raise InputError(f"the {name} limit must be positive, got {value}")
-    needed = require_keys or not is_loopback(host)
+    proxies = networks(trusted_proxy or ())
+    site, why_keys = site_of(host, public_url, tuple(allowed_host or ()), root_path, require_keys=require_keys)
     with opened(storing.data, storing.storage) as storage:
-        if needed and not any(key["scope"] == "admin" for key in storage.keys.all()):
+        if why_keys and not any(key["scope"] == "admin" for key in storage.keys.all()):
             raise InputError(
-                f"{host} is reached from other machines, so API keys are needed and there is none for an admin; "
+                f"{why_keys}, so API keys are needed and there is none for an admin; "
                 "make one with grace-opt keys add NAME --scope admin"
             )
         service = Service(
             storage,
             Cluster(scheduler, workers or os.cpu_count() or 1),
-            keys_required=needed,
+            keys_required=why_keys is not None,
             upload_limit=upload_limit,
             queue_limit=queue_limit,
             requests_per_second=requests_per_second,
@@ -67,6 +83,7 @@ def serve(
         def ready(port: int) -> None:
             if not quiet:
                 shown = f"[{host}]" if ":" in host else host
-                say(f"grace-opt serves http://{shown}:{port}, data in {storage.folder}; Ctrl-C stops it")
+                seen = f", which users see as {site.url}" if site.url else ""
+                say(f"grace-opt serves http://{shown}:{port}{seen}, data in {storage.folder}; Ctrl-C stops it")
 
-        run(service, host, port, ready=ready)
+        run(service, host, port, site, proxies, ready=ready)

@@ -66,8 +66,8 @@ def waited(client: Client, run: Run, quiet: bool, timeout: float | None) -> Run:
     """The run when it has ended, however that was. Raises InputError if it has not after ``timeout`` seconds."""
     try:
         with progress(quiet) as show:
-            heads = f"run {run.id}, heads"
-            return client.wait(run.id, lambda newest: show(heads, newest.done, newest.total), timeout=timeout)
+            records = f"run {run.id}, records"
+            return client.wait(run.id, lambda newest: show(records, newest.done, newest.total), timeout=timeout)
     except KeyboardInterrupt:
         say(f"run {run.id} goes on; grace-opt status {run.id} --wait follows it, --cancel stops it")
         raise

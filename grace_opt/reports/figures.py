@@ -6,6 +6,7 @@ at 900 px width. Colours are those of Okabe and Ito, given to the methods in the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -249,12 +250,14 @@ def _figure(width: float, height: float) -> Figure:
 
 def _finish(figure: Figure) -> None:
     """Plain numbers on the shared log axis, grid, no box, and one legend of all panels below them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = figure.axes[0].get_ylim()
     marks = (1.0, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 10 * low else (1.0, 2, 5) if high < 1000 * low else (1.0,)
-    figure.axes[0].yaxis.set_major_locator(LogLocator(subs=marks))
-    figure.axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    narrow = high < 1.5 * low  # there a log axis is as good as a linear one, which has ticks everywhere
+    digits = max(6, 2 + math.ceil(math.log10(high / (high - low)))) if narrow else 6  # that tell tick from tick
+    figure.axes[0].yaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=marks))
+    figure.axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{digits}g}"))
     figure.axes[0].yaxis.set_minor_locator(NullLocator())
     handles = {}
     for axes in figure.axes:

@@ -27,6 +27,7 @@ SET_FIELDS = ("bundle", *BUDGET)  #: what the records of a set have in common
 SHOWN_HEADS = 24  #: of all bundles together: heads with a channel graph and a trace of their own
 EDGES_PER_CHANNEL = 3
 TIME_POINTS = 100
+OBJECTIVE_DIGITS = 12  #: of objectives and bounds, which often differ late; of all else six
 TRACE_POINTS = 200
 #: (key, words, how far above the best known objective counts as finished; None: only a proven optimum does)
 CRITERIA = (
@@ -90,7 +91,7 @@ def report_data(
     run: Mapping[str, Any],
     shown_heads: int = SHOWN_HEADS,
 ) -> dict[str, Any]:
-    """What the page's script draws: JSON-like, numbers rounded to six digits.
+    """What the page's script draws: JSON-like, numbers rounded to six digits, objectives to twelve.
 
     A set is a bundle at a budget. Layouts of channel graphs are O(n^2) an iteration, which is why only ``shown_heads``
     heads have one: all if there are no more; else the first, the hardest and the worst of each layer.
@@ -247,7 +248,7 @@ def _set(
                         _short(time),
                         _short(own_gap(record, *point)),
                         _short(over_best(record, *point)),
-                        *map(_short, point),
+                        *(_short(value, OBJECTIVE_DIGITS) for value in point),
                     ]
                     for time, *point in _thinned(steps(record))
                 ],
@@ -271,13 +272,17 @@ def _set(
 
 def _row(record: Record, head: int, solver: int) -> list[Any]:
     """A record as the page's tables and maps read it; the order is that of FIELDS in the template."""
-    names = ("status", "limit", "objective", "lower_bound", "bound_kind", "gap", "over_best", "reference_gap")
+    names = ("bound_kind", "gap", "over_best", "reference_gap")
     values = [record[name] for name in names]
+    objectives = [_short(record[name], OBJECTIVE_DIGITS) for name in ("objective", "lower_bound")]
     milliseconds = record["timing_ns"]["total"] / 1e6
     more = [record["best_bound_solver"], milliseconds, record["nodes"], record["iterations"]]
     return [
         head,
         solver,
+        record["status"],
+        record["limit"],
+        *objectives,
         *(_short(value) for value in [*values, *more]),
         "; ".join(record["warnings"])[:200],
         _bits(record),
@@ -326,11 +331,11 @@ def _thinned(points: Sequence[Any]) -> list[Any]:
     return [point for i, point in enumerate(points) if i % stride == 0 or i == len(points) - 1]
 
 
-def _short(value: Any) -> Any:
-    """Six significant digits; None for what is not finite."""
+def _short(value: Any, digits: int = 6) -> Any:
+    """A few significant digits; None for what is not finite."""
     if not isinstance(value, float):
         return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def grouped(records: Iterable[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:

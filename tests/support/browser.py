@@ -23,15 +23,15 @@ def chromium_path() -> str:
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
-    """A browser; what is expected of its pages may take as long as the machine needs."""
+def chromium(*arguments: str) -> Iterator[Browser]:
+    """A browser, with more arguments of the command line; what is expected of its pages may take as long as the machine needs."""
     path = chromium_path()
     expect.set_options(timeout=1000 * PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path,
             # /dev/shm of a container may be small
-            args=["--no-sandbox", "--disable-dev-shm-usage"],
+            args=["--no-sandbox", "--disable-dev-shm-usage", *arguments],
             timeout=1000 * PATIENCE,
         )
         yield browser

@@ -14,6 +14,7 @@ from grace_opt.engines.dask import Chunk, Cluster
 from grace_opt.engines.outcome import run_one
 from grace_opt.service.db.storage import Storage
 from grace_opt.service.http.app import create_app
+from grace_opt.service.http.site import Site
 from grace_opt.service.http.state import Service
 from tests.support import DATA
 from tests.support.patience import PATIENCE, until
@@ -56,13 +57,13 @@ class HereCluster(Cluster):
 class Setting:
     """A service in this process, with a client of its own."""
 
-    def __init__(self, folder: Path, storage: str | None, **options: Any) -> None:
+    def __init__(self, folder: Path, storage: str | None, site: Site | None = None, **options: Any) -> None:
         self.storage = Storage(folder / "data", storage)
         self.storage.open()
         self.cluster = HereCluster()
         self.service = Service(self.storage, self.cluster, **options)
-        hosts = None if options.get("keys_required") else ("127.0.0.1",)
-        self.app = create_app(self.service, hosts=hosts)
+        site = site or Site(hosts=None if options.get("keys_required") else ("127.0.0.1",))
+        self.app = create_app(self.service, site)
 
     def __enter__(self) -> Setting:
         self._live = live(self.app)

@@ -15,7 +15,13 @@ const choice = (id) => byId(id) ? byId(id).value : "";
 const currentSet = () => data.sets[Number(choice("set") || 0)];
 const field = (row, name) => row[FIELDS.indexOf(name)];
 const isMissing = (value) => value === null || value === undefined;
-const number = (value) => isMissing(value) ? "\u2013" : Number(value).toPrecision(6).replace(/\.?0+(e|$)/, "$1");
+// The first digits of a number, more of them where neighbours differ late; with an exponent where it is huge or tiny.
+const number = (value, digits = 6) => {
+  if (isMissing(value)) return "\u2013";
+  const rounded = Number(Number(value).toPrecision(digits)), size = Math.abs(rounded);
+  return size >= 10 ** Math.max(digits, 9) || (size > 0 && size < 1e-4) ? rounded.toExponential() : String(rounded);
+};
+const precise = (value) => number(value, 10);
 const percent = (value) => isMissing(value) ? "\u2013" : `${Number((100 * value).toPrecision(4))} %`;
 
 function element(name, attributes = {}, text = "") {
@@ -124,8 +130,8 @@ function drawRecords() {
     ["Solver", (row) => data.solvers[field(row, "solver")], asText, false],
     ["Status", of("status"), asText, false],
     ["Limit", of("limit"), asText, false],
-    ["Objective", of("objective"), number, true],
-    ["Lower bound", of("lower_bound"), number, true],
+    ["Objective", of("objective"), precise, true],
+    ["Lower bound", of("lower_bound"), precise, true],
     ["Bound", of("bound_kind"), asText, false],
     ["Gap", of("gap"), percent, true],
     ["Over best known", of("over_best"), percent, true],
@@ -143,23 +149,41 @@ function drawRecords() {
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const colour = (i) => (darkScheme.matches ? DARK : LIGHT)[i % LIGHT.length];
 
+// Nothing leaves this machine: by default plotly.js has a button that sends a picture's data to its makers' cloud.
+const CONFIG = {
+  responsive: true, displaylogo: false, watermark: false, showLink: false, linkText: "", showEditInChartStudio: false, sendData: false,
+  showSendToCloud: false, plotlyServerURL: "", topojsonURL: "",
+  modeBarButtonsToRemove: ["select2d", "lasso2d", "sendDataToCloud", "sendChartToCloud", "editInChartStudio"],
+};
+
+// Words in lines of at most so many characters, where one does not fill them by itself.
+function lines(words, most) {
+  return words.split(" ").reduce((text, word) => {
+    const last = text.slice(text.lastIndexOf("<br>") + 1);
+    return text + (last.length + word.length > most ? "<br>" : text && " ") + word;
+  }, "");
+}
+
 function plot(id, traces, layout, message = "") {
   const text = css("--text"), line = css("--line");
   const axis = {gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true};
   const narrow = byId(id).clientWidth < 700;
+  for (const part of narrow ? [layout.xaxis, layout.yaxis] : []) {
+    if (part && part.title) part.title = {text: lines(part.title.text, 36), font: {size: 12}};
+  }
   const settled = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {color: text, family: "system-ui, sans-serif", size: 13},
     margin: {l: 60, r: 20, t: 16, b: 56},
     hoverlabel: {bgcolor: css("--panel"), bordercolor: line, font: {color: text}},
-    legend: narrow ? {orientation: "h", y: -0.25} : {x: 1.02, y: 1},
+    legend: narrow ? {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {size: 12}} : {x: 1.02, y: 1},
     ...layout,
     xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis},
   };
   if (message) {
     settled.annotations = [{text: message, showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5, font: {size: 15, color: css("--soft")}}];
   }
-  Plotly.react(id, traces, settled, {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
+  Plotly.react(id, traces, settled, CONFIG);
 }
 
 const styled = (i) => ({color: colour(i), dash: DASHES[i % DASHES.length], width: 2.25});
@@ -175,8 +199,18 @@ function percentAxis(title, largest) {
   };
 }
 
-// Powers of ten, with 2 and 5 times them where the values span less than two.
-const factorTicks = (values) => ({tickformat: "~g", dtick: Math.max(...values) > 100 * Math.min(...values) ? 1 : "D2"});
+// Powers of ten, with 2 and 5 times them where the values span less than two, and whatever there is within a factor of five.
+function factorTicks(values) {
+  const [low, high] = extent(values);
+  if (!(high >= 5 * low)) return PLAIN;
+  return {tickformat: "~g", dtick: high > 100 * low ? 1 : "D2"};
+}
+
+// Not Math.min and Math.max, which take only so many arguments.
+const extent = (values) => [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), -Infinity)];
+
+// As many digits as tell one tick from the next: plotly.js finds them by itself where no format is given.
+const PLAIN = {exponentformat: "e", separatethousands: false, hoverformat: ".10~g"};
 
 // The share of `count` that is at most x, as a step line from `from` to `to`; values are sorted.
 function shareLine(values, count, from, to, name, i) {
@@ -346,13 +380,13 @@ function drawIncumbent() {
       points.push([end, points.at(-1)[1]]);
       traces.push({
         x: points.map(([time]) => 1000 * time), y: points.map(([, value]) => value), name: `${solver}, ${name}`, type: "scatter", mode: "lines",
-        line: {color: colour(i), dash, width: 2.25, shape: "hv"}, hovertemplate: "%{y:.6~g} after %{x:.4~g} ms",
+        line: {color: colour(i), dash, width: 2.25, shape: "hv"}, hovertemplate: "%{y:.10~g} after %{x:.4~g} ms",
       });
     }
   });
   plot("incumbent", traces, {
     xaxis: {type: "log", title: {text: "Time since the start of the run (ms)"}, ...factorTicks(traces.flatMap((trace) => trace.x))},
-    yaxis: {title: {text: "Objective"}, tickformat: "~g"},
+    yaxis: {title: {text: "Objective"}, ...PLAIN},
   }, traces.length ? "" : "No solver has a selection or a bound for this head.");
 }
 

@@ -41,10 +41,13 @@ Admin = Annotated[Caller, Depends(needs("admin"))]
 UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "Not Modified"}}
 
 
-def _files(media_type: str) -> dict[int | str, dict[str, Any]]:
-    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+def _files(media_type: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    content = {media_type: {"schema": schema}}
     return {200: {"description": "The file.", "content": content}, **UNCHANGED, **responses(404)}
 
+
+JSON_FILE = _files("application/json", {"type": "object", "additionalProperties": True})
+TENSORS_FILE = _files("application/octet-stream", {"type": "string", "format": "binary"})
 
 LimitQuery = Annotated[int, Query(ge=1, le=1000, description="how many at most")]
 OffsetQuery = Annotated[int, Query(ge=0, le=2**31, description="how many to leave out")]
@@ -143,6 +146,7 @@ KNOWN: dict[int | str, dict[str, Any]] = {
 @router.post("/runs", status_code=202, response_model=schemas.Run, responses={**KNOWN, **responses(404, 409, 422, 507)})
 def submit_run(
     body: schemas.RunRequest,
+    request: Request,
     response: Response,
     service: Here,
     caller: Submit,
@@ -153,18 +157,18 @@ def submit_run(
 ) -> Any:
     """Accept a run. What it answers with survives any crash."""
     _bundle(service, body.bundle)
-    request = body.model_dump()
-    total = plan(service.storage.blobs, request).total  # also finds what is wrong with the request
+    asked = body.model_dump()
+    total = plan(service.storage.blobs, asked).total  # also finds what is wrong with the request
     key = None
     if idempotency_key is not None:
         key = hashlib.sha256(f"{caller.name}\0{idempotency_key}".encode()).hexdigest()
-    row, new = service.storage.runs.submit(request, total, service.queue_limit, caller.name, key)
+    row, new = service.storage.runs.submit(asked, total, service.queue_limit, caller.name, key)
     if not new:
-        if row["request"] != request:
+        if row["request"] != asked:
             raise RefusedError(409, "this Idempotency-Key was sent with another request; choose a new one")
         response.status_code = 200
     service.runner.notify()
-    response.headers["Location"] = f"/api/runs/{row['id']}"
+    response.headers["Location"] = f"{request.app.state.site.root}/api/runs/{row['id']}"
     return row
 
 
@@ -274,7 +278,7 @@ def list_masks(run: RunId, service: Here, _: Read) -> Any:
     return service.storage.masks.of(run)
 
 
-@router.get("/masks/{digest}.json", response_class=FileResponse, responses=_files("application/json"))
+@router.get("/masks/{digest}.json", response_class=FileResponse, responses=JSON_FILE)
 def get_mask_json(
     digest: schemas.Digest, service: Here, _: Read, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
@@ -282,7 +286,7 @@ def get_mask_json(
     return _mask_file(service, digest, "digest", "kv_mask.json", "application/json", if_none_match)
 
 
-@router.get("/masks/{digest}.safetensors", response_class=FileResponse, responses=_files("application/octet-stream"))
+@router.get("/masks/{digest}.safetensors", response_class=FileResponse, responses=TENSORS_FILE)
 def get_mask_tensors(
     digest: schemas.Digest, service: Here, _: Read, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 
 import grace_opt
 from grace_opt.errors import InputError
-from grace_opt.service import schemas
-from grace_opt.service.http import api, failures, html
-from grace_opt.service.http.access import LOOPBACK, Guard, is_loopback
+from grace_opt.service.http import api, failures, html, openapi
 from grace_opt.service.http.connections import Bounds, bounded
+from grace_opt.service.http.guard import Guard
 from grace_opt.service.http.page_cache import FromMemory
+from grace_opt.service.http.site import Site
 from grace_opt.service.http.state import Service
 
-UPLOAD = "/api/bundles"
 
-
-def create_app(service: Service, *, hosts: tuple[str, ...] | None = LOOPBACK) -> FastAPI:
-    """The application of a service, which starts and stops with it.
-
-    Args:
-        hosts: names under which it may be addressed; None: any.
-    """
+def create_app(service: Service, site: Site = Site()) -> FastAPI:  # noqa: B008  (frozen)
+    """The application of a service, which starts and stops with it, as users see it at ``site``."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -41,18 +33,20 @@ def create_app(service: Service, *, hosts: tuple[str, ...] | None = LOOPBACK) ->
         summary="Channel pruning of key/value caches as a service: submit graphs, compare solvers, fetch masks.",
         lifespan=lifespan,
         openapi_url="/api/openapi.json",
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
         docs_url=None,  # it would load scripts from another site
         redoc_url=None,
+        redirect_slashes=False,  # to an address of its own making; the guard drops a last slash
     )
-    app.state.service = service
+    app.state.service, app.state.site = service, site
     failures.install(app, html.trouble)
     app.include_router(api.router)
     app.include_router(api.bare)
     app.include_router(html.router)
     html.mount_parts(app)
     app.add_middleware(FromMemory, service=service)
-    app.add_middleware(Guard, hosts=hosts, unlimited=UPLOAD)  # the last one added comes first
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    app.add_middleware(Guard, site=site, unlimited=openapi.UPLOAD)  # the last one added comes first
+    app.openapi = lambda: openapi.document(app, site.url)  # type: ignore[method-assign]
     return app
 
 
@@ -60,6 +54,8 @@ def serve(
     service: Service,
     host: str,
     port: int,
+    site: Site,
+    trusted_proxies: Sequence[str] = (),
     *,
     ready: Callable[[int], None] = lambda port: None,
     bounds: Bounds | None = None,
@@ -67,6 +63,9 @@ def serve(
     """Serve until a signal raises KeyboardInterrupt, which ends it in the regular way.
 
     Args:
+        site: what users see.
+        trusted_proxies: addresses and networks. Who sent a request, and by which scheme, is what X-Forwarded-For and
+            -Proto say if it comes from one of them, and from nobody else.
         ready: is told the port, once it is bound; it matters where ``port`` is 0.
         bounds: of connections, if not the default ones.
 
@@ -75,14 +74,15 @@ def serve(
     """
     import uvicorn
 
-    hosts = (*LOOPBACK, host) if is_loopback(host) else None
     config = uvicorn.Config(
-        create_app(service, hosts=hosts),
+        create_app(service, site),
         host=host,
         port=port,
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=list(trusted_proxies),
         timeout_graceful_shutdown=5,
         http=bounded(bounds or Bounds()),
         ws="none",
@@ -103,25 +103,3 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.close()
         raise InputError(f"cannot listen at {host}, port {port} ({error}); choose another --host or --port") from None
     return listener
-
-
-def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the upload's body and the failures, which FastAPI cannot know."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for unused in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(unused, None)
-        document["components"]["schemas"]["Failure"] = schemas.Failure.model_json_schema()
-        for path in document["paths"].values():
-            for operation in path.values():
-                general = {str(status): what for status, what in failures.responses(400, 413, 421, 422).items()}
-                operation["responses"] = {**general, **operation["responses"], "422": general["422"]}
-        document["components"].setdefault("securitySchemes", {})["key"] = {"type": "http", "scheme": "bearer"}
-        document["security"] = [{"key": []}, {}]
-        binary = {"schema": {"type": "string", "format": "binary"}}
-        document["paths"][UPLOAD]["post"]["requestBody"] = {
-            "required": True,
-            "content": {"application/octet-stream": binary},
-        }
-        app.openapi_schema = document
-    return app.openapi_schema

@@ -19,6 +19,31 @@ from grace_opt.service.db.runs import QueueFullError
 from grace_opt.service.schemas import Failure
 
 RETRY_SECONDS = 5
+#: pydantic's kinds of errors in our own words; what is in braces comes from the error
+WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "is not known here; leave it out",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "finite_number": "must be a finite number",
+    "string_too_long": "may have {max_length} characters",
+    "string_too_short": "must have {min_length} characters or more",
+    "string_pattern_mismatch": "must be of the form {pattern}",
+    "too_long": "may have {max_length} entries",
+    "too_short": "must have {min_length} entries or more",
+    "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
+    "value_error": "{error}",
+    "json_invalid": "is not JSON: {error}",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    **dict.fromkeys(("string_type", "string_unicode"), "must be text"),
+    "list_type": "must be a list",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be an object"),
+}
 
 
 class RefusedError(Exception):
@@ -34,6 +59,17 @@ class RefusedError(Exception):
         super().__init__(detail)
         self.status, self.detail = status, detail
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class WrongKeyError(RefusedError):
+    """A request without a key that is known; ``seconds`` until the next try, after too many of them."""
+
+    def __init__(self, detail: str, seconds: float = 0.0) -> None:
+        if seconds > 0:
+            wait = f"too many wrong API keys; try again in {seconds:.1f} s"
+            super().__init__(429, wait, retry_after=str(int(seconds) + 1))
+        else:
+            super().__init__(401, detail, www_authenticate="Bearer")
 
 
 def response(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
@@ -61,6 +97,11 @@ def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None
     def refused(request: Request, error: RefusedError) -> Response:
         return answer(request, error.status, error.detail, error.headers)
 
+    @app.exception_handler(WrongKeyError)
+    def wrong_key(request: Request, error: WrongKeyError) -> Response:
+        # Who reads pages is asked for a key, however often a browser has sent one that is no longer known.
+        return as_page(request, 401, error.detail) or response(error.status, error.detail, error.headers)
+
     @app.exception_handler(InputError)
     def bad_input(request: Request, error: InputError) -> Response:
         cause = error.__cause__
@@ -68,9 +109,7 @@ def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return answer(request, 422, f"{where}: {first['msg']}")
+        return answer(request, 422, _said(error.errors()[0], error.body))
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> Response:
@@ -110,3 +149,21 @@ def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None
         app.add_exception_handler(outage, trouble)
     for kind in (OverflowError, RecursionError, MemoryError, UnicodeError):
         app.add_exception_handler(kind, refused_value)
+
+
+def _said(error: Any, body: Any) -> str:
+    """A sentence about a field: its place in the request, and what it must be."""
+    source, *parts = error["loc"]
+    place, within = [str(source)], body if source == "body" else dict.fromkeys(parts)
+    for part in parts:  # of a type that may be one of several, the error also names which
+        if isinstance(within, list) and isinstance(part, int) and 0 <= part < len(within):
+            within = within[part]
+        elif isinstance(within, dict) and (part in within or error["type"] == "missing"):
+            within = within.get(part)
+        else:
+            continue
+        place.append(str(part))
+    words = WORDS.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+    given = error.get("input")
+    got = f", got {str(given)[:60]!r}" if isinstance(given, str | int | float) and " must be " in f" {words}" else ""
+    return f"{'.'.join(place)}: {words}{got}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qs, quote, urlencode
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
@@ -50,6 +52,12 @@ def budgets_in_words(request: Row) -> str:
     return ", ".join(map(budget_words, RunRequest.model_construct(**request).budgets))
 
 
+def time_in_words(moment: str) -> Markup:
+    """A moment of the database, UTC in ISO 8601, to the minute and with its zone."""
+    utc = datetime.fromisoformat(moment).astimezone(UTC)
+    return Markup('<time datetime="{}">{}\N{NO-BREAK SPACE}UTC</time>').format(moment, f"{utc:%Y-%m-%d %H:%M}")
+
+
 templates = Environment(
     loader=PackageLoader("grace_opt", "service/http/templates"),
     autoescape=True,
@@ -59,6 +67,7 @@ templates = Environment(
 )
 templates.filters["percent"] = lambda value: "\N{EN DASH}" if value is None else f"{100 * value:.4g} %"
 templates.filters["path"] = lambda text: quote(text, safe="")
+templates.filters["time"] = time_in_words
 templates.filters["budget"] = budget_words
 templates.filters["budgets"] = budgets_in_words
 templates.filters["query"] = lambda budget: urlencode(
@@ -69,8 +78,13 @@ templates.filters["query"] = lambda budget: urlencode(
 def rendered(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
     """A page of a template."""
     service: Service = request.app.state.service
-    page = templates.get_template(name).render(**values, with_keys=service.access.required, here=request.url.path)
-    return HTMLResponse(page, status)
+    common = {"with_keys": service.access.required, "here": request.url.path, "root": request.app.state.site.root}
+    return HTMLResponse(templates.get_template(name).render(**values, **common), status)
+
+
+def redirect(request: Request, path: str) -> RedirectResponse:
+    """To another page of the service."""
+    return RedirectResponse(request.app.state.site.root + path, 303)
 
 
 def trouble(request: Request, status: int, detail: str) -> Response | None:
@@ -79,7 +93,8 @@ def trouble(request: Request, status: int, detail: str) -> Response | None:
     if path.startswith("/api") or "text/html" not in request.headers.get("accept", ""):
         return None
     if status == 401:
-        return RedirectResponse(f"/login?next={quote(path)}", 303)
+        asked = quote(path) + (f"?{request.url.query}" if request.url.query else "")
+        return redirect(request, f"/login?next={quote(asked)}")
     return rendered(request, "trouble.html", status, detail=detail)
 
 
@@ -146,7 +161,7 @@ def _complete_report(service: Service, run: int) -> bytes:
 
 def _run_report(service: Service, run: int) -> bytes:
     records = _referenced(service.storage.records.all(run))
-    return _drawn(run, records, summarise(records), {}, 0) if records else b'{"sets": []}'
+    return _drawn(records, summarise(records), {}, 0) if records else b'{"sets": []}'
 
 
 @router.get("/runs/{run}/heads/{problem}")
@@ -181,7 +196,7 @@ def head_report(run: RunId, problem: str, service: Here, _: Read, budget: Budget
     found = {
         (row["bundle"], each.name): replace(each, prune=records[0]["prune"]) for each in made if each.name == problem
     }
-    return Response(_drawn(run, records, summarise(records), found, 1), media_type="application/json")
+    return Response(_drawn(records, summarise(records), found, 1), media_type="application/json")
 
 
 @router.get("/compare")
@@ -230,26 +245,43 @@ def login_page(request: Request, next: str = "/") -> Response:
 @router.post("/login")
 async def log_in(request: Request, service: Here) -> Response:
     """Check the key, and let the browser keep it where no script can read it."""
-    fields = parse_qs((await request.body()).decode("utf-8", "replace"))
-    key, target = fields.get("key", [""])[0].strip(), fields.get("next", ["/"])[0]
-    if not target.startswith("/") or target.startswith(("//", "/\\")):
-        target = "/"
+    try:
+        fields = parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=10)
+    except ValueError:
+        raise RefusedError(422, "the form for a key has two fields, key and next") from None
+    key, target = fields.get("key", [""])[0].strip(), _own_page(fields.get("next", ["/"])[0])
     try:
         await service.access.check(request, key)
     except RefusedError as error:
         return rendered(request, "login.html", error.status, next=target, detail=error.detail)
-    answer = RedirectResponse(target, 303)
-    secure = request.url.scheme == "https"
-    answer.set_cookie(COOKIE, key, max_age=30 * 86400, httponly=True, samesite="strict", secure=secure)
+    answer = redirect(request, target)
+    answer.set_cookie(value=key, max_age=30 * 86400, **_cookie(request))
     return answer
 
 
 @router.post("/logout")
-def log_out() -> Response:
+def log_out(request: Request) -> Response:
     """Forget the key."""
-    answer = RedirectResponse("/login", 303)
-    answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    answer = redirect(request, "/login")
+    answer.delete_cookie(**_cookie(request))
     return answer
+
+
+def _cookie(request: Request) -> dict[str, Any]:
+    """What the key's cookie is, apart from the key."""
+    site = request.app.state.site
+    secure = site.is_secure(request.url.scheme)
+    return {"key": COOKIE, "path": site.root or "/", "httponly": True, "samesite": "strict", "secure": secure}
+
+
+def _own_page(target: str) -> str:
+    """The path and query that were asked for before the login; the list of runs for what may be another site's."""
+    try:
+        parts = urlsplit(target)
+    except ValueError:
+        return "/"
+    own = not (parts.scheme or parts.netloc) and re.fullmatch(r"/(?![/\\])[^\\\x00-\x20\x7f]*", target)
+    return target if own else "/"
 
 
 @router.get("/static/plotly.min.js")
@@ -278,7 +310,6 @@ def _referenced(records: list[Row]) -> list[Row]:
     return with_references(records, records, {})
 
 
-def _drawn(run: int, records: Sequence[Row], summary: Sequence[Row], problems: Any, shown: int) -> bytes:
+def _drawn(records: Sequence[Row], summary: Sequence[Row], problems: Any, shown: int) -> bytes:
     drawn = report_data(records, summary, problems, {"bundles": {}, "limits": {}}, shown)
-    drawn["head_pages"] = f"/runs/{run}/heads/"
     return json.dumps(drawn, allow_nan=False, separators=(",", ":")).encode()

@@ -1,12 +1,4 @@
 "use strict";
-const say = (text) => { byId("message").textContent = text; };
-
-async function asked(address) {
-  const answer = await fetch(address), body = await answer.json();
-  if (!answer.ok) throw new Error(body.detail);
-  return body;
-}
-
 // As `budget_words` of grace_opt.records says it.
 function budgetOf(row) {
   if (!isMissing(row.budget_bytes)) return `${row.budget_bytes} bytes a token`;
@@ -17,7 +9,7 @@ async function drawTables() {
   const {runs, summary, differences} = await asked(byId("summary").dataset.address);
   const share = (title, name) => [title, (row) => row[name], percent, true];
   table(byId("summary"), "A row for each run, budget and solver.", [
-    ["Run", (row) => row.run, asText, true, (row) => `/runs/${row.run}`],
+    ["Run", (row) => row.run, asText, true, (row) => `${root}/runs/${row.run}`],
     ["Budget", budgetOf, asText, false],
     ["Solver", (row) => row.solver, asText, false],
     ["Heads", (row) => row.heads, asText, true],
@@ -27,7 +19,7 @@ async function drawTables() {
     share("Proven optimal", "optimal_share"),
     ["Time a head (ms)", (row) => isMissing(row.time) ? null : 1000 * row.time, number, true],
   ], summary, 50);
-  const objectives = runs.map((run, i) => [`Objective, run ${run.id}`, (row) => row.objective[i], number, true]);
+  const objectives = runs.map((run, i) => [`Objective, run ${run.id}`, (row) => row.objective[i], precise, true]);
   if (differences.length === 0) {
     byId("differences").append(element("p", {}, "The runs have no budget, solver and head in common."));
     return;
