@@ -177,6 +177,14 @@ def test_the_records_are_those_of_the_comparison(page: Page, compared: tuple[Com
     assert figures(column(page, "records", 9)) == pytest.approx(over, rel=1e-3, abs=1e-9)
 
 
+def test_no_table_is_cut(page: Page) -> None:
+    for width in (1440, 768, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        more = page.evaluate("[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)")
+        assert width < 1440 or more == [0, 0]
+
+
 def test_menus_change_the_picture(page: Page) -> None:
     menus = {
         "distance-from": "distance",

@@ -140,7 +140,7 @@ function drawRecords() {
     ["Best bound by", of("best_bound_solver"), asText, false],
     ["Nodes", of("nodes"), asText, true],
     ["Iterations", of("iterations"), asText, true],
-    ["Warnings", of("warnings"), asText, false],
+    ...(set.rows.some(of("warnings")) ? [["Warnings", of("warnings"), asText, false]] : []),
   ], set.rows, 50);
 }
 
