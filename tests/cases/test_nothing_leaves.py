@@ -13,7 +13,7 @@ from playwright.sync_api import Browser
 from grace_opt.compare import compare
 from grace_opt.compression.method import method
 from tests.support import ROOT
-from tests.support.browser import chromium
+from tests.support.browser import chromium, context_of
 from tests.support.setting import HEADS, Setting
 
 #: In plotly.js, but not behind anything that is drawn here: licences and sources in comments, tiles and fonts of maps,
@@ -114,7 +114,7 @@ def test_what_plotly_refers_to_is_known() -> None:
 
 
 def test_pictures_have_no_way_to_a_cloud(browser: Browser, setting: Setting, report: Path) -> None:
-    context = browser.new_context()
+    context = context_of(browser)
     page = context.new_page()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -152,7 +152,7 @@ def test_a_report_cannot_be_made_to_send(browser: Browser, report: Path) -> None
         "form-action": "f = document.body.appendChild(document.createElement('form')); f.action = 'http://127.0.0.1:9/';"
         " f.submit()",
     }
-    context = browser.new_context()
+    context = context_of(browser)
     page = context.new_page()
     finished: list[str] = []
     page.on("requestfinished", lambda request: finished.append(request.url))

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from grace_opt.reports import figures
-from tests.support.browser import chromium
+from tests.support.browser import chromium, context_of
 from tests.support.setting import Setting
 
 HEAD = "/runs/1/heads/layers.8.kv_heads.1.key?ratio=0.6"
@@ -37,7 +37,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    context = context_of(browser, viewport={"width": 1440, "height": 900})
     page = context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -49,7 +49,7 @@ def page(browser: Browser) -> Iterator[Page]:
 def test_nine_tabs_watch_a_run(browser: Browser, setting: Setting) -> None:
     setting.cluster.gate.clear()
     run = setting.submit(ratios=[0.25]).json()["id"]
-    context = browser.new_context()
+    context = context_of(browser)
     tabs = [context.new_page() for _ in range(8)]
     for tab in tabs:  # each is answered, however many there are
         tab.goto(f"{setting.url}/runs/{run}")
@@ -59,8 +59,8 @@ def test_nine_tabs_watch_a_run(browser: Browser, setting: Setting) -> None:
     expect(listed.locator(f"tr[data-run='{run}'] .count")).to_have_text("0 of 12")
     setting.cluster.gate.set()
     for tab in tabs:
-        expect(tab.locator("#state")).to_have_text("complete", timeout=60_000)
-    expect(listed.locator(f"tr[data-run='{run}'] .state")).to_have_text("complete", timeout=60_000)
+        expect(tab.locator("#state")).to_have_text("complete")
+    expect(listed.locator(f"tr[data-run='{run}'] .state")).to_have_text("complete")
     context.close()
 
 
@@ -69,10 +69,10 @@ def test_a_page_goes_on_after_trouble(page: Page, setting: Setting) -> None:
     run = setting.submit(ratios=[0.7]).json()["id"]
     page.goto(f"{setting.url}/runs/{run}")
     page.route(f"**/api/runs/{run}", lambda route: route.fulfill(status=502, body="<html>Bad Gateway</html>"))
-    expect(page.get_by_role("alert")).to_contain_text("something else answered, with 502; trying again", timeout=20_000)
+    expect(page.get_by_role("alert")).to_contain_text("something else answered, with 502; trying again")
     page.unroute(f"**/api/runs/{run}")
     setting.cluster.gate.set()
-    expect(page.locator("#state")).to_have_text("complete", timeout=60_000)
+    expect(page.locator("#state")).to_have_text("complete")
 
 
 WRONG = [

@@ -21,7 +21,7 @@ from grace_opt.service.http import app as app_module
 from grace_opt.service.http.access import COOKIE, new_key
 from grace_opt.service.http.site import Site, site_of
 from tests.support import ROOT
-from tests.support.browser import chromium
+from tests.support.browser import chromium, context_of
 from tests.support.proxy import nginx
 from tests.support.serving import free_port
 from tests.support.setting import Setting
@@ -71,7 +71,7 @@ def test_somebody_logs_in_submits_and_watches(
         setting.http.headers["Authorization"] = f"Bearer {key}"
         assert setting.upload(name="heads").status_code == 201
         setting.cluster.gate.clear()
-        context = browser.new_context(ignore_https_errors=True)
+        context = context_of(browser, ignore_https_errors=True)
         page = context.new_page()
         elsewhere: list[str] = []
         page.on("request", lambda r: None if r.url.startswith((public, "data:", "blob:")) else elsewhere.append(r.url))
@@ -90,7 +90,7 @@ def test_somebody_logs_in_submits_and_watches(
         )
         assert streamed["total"] == 24  # at once, while the run stands still
         setting.cluster.gate.set()
-        expect(page.locator("#state")).to_have_text("complete", timeout=60_000)
+        expect(page.locator("#state")).to_have_text("complete")
         page.wait_for_selector("#records tbody a")
         page.locator("#records tbody a").first.click()
         page.wait_for_selector("#graph .main-svg", state="attached")

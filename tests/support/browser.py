@@ -24,7 +24,7 @@ def chromium_path() -> str:
 
 @contextmanager
 def chromium(*arguments: str) -> Iterator[Browser]:
-    """A browser, with more arguments of the command line; what is expected of its pages may take as long as the machine needs."""
+    """A browser of these arguments; what is expected of its pages may take as long as the machine needs."""
     path = chromium_path()
     expect.set_options(timeout=1000 * PATIENCE)
     with sync_playwright() as playwright:

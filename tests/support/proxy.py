@@ -6,13 +6,14 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+
+from tests.support.patience import until
 
 CONFIG = """
 daemon off;
@@ -58,16 +59,17 @@ def nginx(folder: Path, port: int, locations: str, *, name: str, tls: bool = Fal
     command = [nginx_path(), "-p", str(folder), "-e", str(folder / "error.log"), "-c", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        for _ in range(600):
-            assert process.poll() is None, process.communicate()[0].decode()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
+        until(lambda: process.poll() is not None or _answers(port), "nginx answers")
+        assert process.poll() is None, process.communicate()[0].decode()
         yield
     finally:
         process.terminate()
         process.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def certificate(path: Path, key_path: Path, name: str) -> None:
