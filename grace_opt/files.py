@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are whole, and errors that say what to do."""
+"""Writing files that appear under their name only when they are whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from grace_opt.errors import InputError
+from grace_opt.errors import InputError, shown
+from grace_opt.reading import opened
+
+#: of JSON in ASCII: what stays as it is (a backslash, a whole pair), or else half of a surrogate pair
+_ESCAPES = re.compile(r"(\\\\|\\ud[89ab]..\\ud[c-f]..)|\\ud[89a-f]..")
 
 
 @contextmanager
@@ -28,7 +32,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = _target(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        # A name that is as long as names may be leaves no room for more.
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
         temporary.touch(exist_ok=False)
         try:
             yield temporary
@@ -54,22 +59,34 @@ def _target(path: str | Path) -> Path:
     """Where a link leads, if it is a place for a file: renaming would replace a link, or a device, by a file."""
     try:
         path = Path(path).resolve()
-        if path.exists() and not path.is_file():
-            raise InputError(f"cannot write {path}: it is not a file; name a new file or one to replace")
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {path}: {error}; choose another place") from error
+        taken = path.exists() and not path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {str(path)!r}: {reason}; choose another place") from error
+    if taken:
+        raise InputError(f"cannot write {path}: it is not a file; name a new file or one to replace")
     return path
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically. Bytes of a file's name that are no UTF-8 are written as escapes."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write strict JSON (no NaN) atomically."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Write strict JSON (`json_text`) atomically."""
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def json_text(value: Any, **options: Any) -> str:
+    r"""Strict JSON in ASCII: no NaN, and no half of a surrogate pair, as a file's name has for bytes that are no UTF-8.
+
+    Such a byte FF is written as the text ``\udcff``, as on the standard error; many readers of JSON refuse the other.
+    ``options`` are those of `json.dumps`.
+    """
+    text = json.dumps(value, allow_nan=False, **options)
+    return _ESCAPES.sub(lambda found: found[1] or "\\" + found[0], text)
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -77,49 +94,27 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray], metad
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    about = {shown(str(key)): _unicode(str(value)) for key, value in metadata.items()}  # names of files may be bytes
+    for name, array in tensors.items():
+        if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+            raise InputError(f"cannot write {name}: there is no place for {array.dtype}; use float64")
     path = Path(path)
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)  # as the umask says; safetensors makes a file that only its owner reads
     try:
         contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-        save_file(contiguous, path, metadata=dict(metadata))
+        save_file(contiguous, path, metadata=about)
     except SafetensorError as error:  # its way to report a full disk
         code = re.search(r"\(os error (\d+)\)", str(error))
         raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))) from error
     path.chmod(mode)
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file. Raises InputError if it is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise InputError(f"no such file: {path}")
-    try:
-        with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(sorted((file.metadata() or {}).items()))  # noqa: SIM118
-    except (SafetensorError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is truncated or not a safetensors file ({error}); make or fetch it again") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def read_json(path: str | Path) -> Any:
-    """The value of a JSON file. Raises InputError if it is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is truncated or not JSON ({error}); make or fetch it again") from None
+def _unicode(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def file_sha256(path: str | Path) -> str:
     """sha256 (hex) of a file. Raises InputError if it cannot be read."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,6 +22,7 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 SYMMETRY_TOLERANCE = 1e-9
+LARGEST = 1e140  #: of an entry: solvers add up the squares of all
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class SubsetProblem:
     but only symmetry is required.
 
     Args:
-        weights: float64[n, n], finite, symmetric to 1e-9 relative to its largest entry (then made exactly so).
+        weights: float64[n, n], finite, none above 1e140, symmetric to 1e-9 relative to its largest entry (then made
+            exactly so).
         prune: how many channels to prune, 0 <= prune <= number of channels that may be pruned.
         protected: bool[n], channels that must be kept.
         groups: int[n]; channels with the same non-negative label are pruned together or not at all, a negative
@@ -86,7 +88,7 @@ class SubsetProblem:
         weights = _checked_weights(self.weights, self.name)
         n = len(weights)
         object.__setattr__(self, "weights", weights)
-        if isinstance(self.prune, bool) or int(self.prune) != self.prune:
+        if not _is_whole(self.prune):
             raise InputError(f"{self.name}: prune must be a whole number of channels, not {self.prune!r}")
         object.__setattr__(self, "prune", int(self.prune))
         if self.protected is not None:
@@ -121,9 +123,9 @@ class SubsetProblem:
         free = np.ones(self.n, bool) if self.protected is None else ~self.protected
         if self.groups is None:
             return Contraction(self.weights, np.ones(self.n, np.int64), free, np.arange(self.n))
-        labels = self.groups.copy()
-        alone = labels < 0
-        labels[alone] = labels.max(initial=0) + 1 + np.arange(np.count_nonzero(alone))
+        labels = np.unique(self.groups, return_inverse=True)[1]  # below n, whatever the labels are
+        alone = self.groups < 0
+        labels[alone] = self.n + np.arange(np.count_nonzero(alone))
         # Nodes are numbered by their first channel, so that ties are broken as without groups.
         _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
         rank = np.empty(len(first), np.int64)
@@ -212,8 +214,11 @@ class SubsetProblem:
 
 def _checked_weights(weights: ArrayLike, name: str) -> FloatArray:
     try:
-        array = np.array(weights, dtype=np.float64, order="C")  # a copy: the caller's may change
-    except (TypeError, ValueError) as error:
+        given = np.asarray(weights)
+        if given.dtype.kind not in "iufO":  # complex numbers would lose a part, and texts be parsed
+            raise TypeError(f"they are {given.dtype}")
+        array = np.array(given, dtype=np.float64, order="C")  # a copy: the caller's may change
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{name}: weights must be numbers in a square matrix ({error})") from None
     if array.ndim != 2 or array.shape[0] != array.shape[1] or array.size == 0:
         raise InputError(f"{name}: weights must be a square matrix, not of shape {array.shape}")
@@ -221,6 +226,11 @@ def _checked_weights(weights: ArrayLike, name: str) -> FloatArray:
     if not np.isfinite(largest):
         bad = int(np.count_nonzero(~np.isfinite(array)))
         raise InputError(f"{name}: weights hold {bad} NaN or infinite entries; make the graph again")
+    if largest > LARGEST:
+        raise InputError(
+            f"{name}: weights reach {largest:.3g}, whose sums and squares overflow; divide them by their largest "
+            "entry, which changes no selection"
+        )
     if not np.array_equal(array, array.T):
         asymmetry = float(np.abs(array - array.T).max())
         if asymmetry > SYMMETRY_TOLERANCE * largest:
@@ -244,7 +254,16 @@ def _checked_groups(groups: ArrayLike, n: int, name: str) -> IntArray:
     array = np.asarray(groups)
     if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name}: groups must be {n} whole numbers, not {array.dtype} of shape {array.shape}")
+    if array.max(initial=0) > np.iinfo(np.int64).max:
+        raise InputError(f"{name}: groups have labels beyond 63 bits; number them from 0 on")
     return array.astype(np.int64)
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and int(value) == value
+    except (TypeError, ValueError, OverflowError):  # a text; NaN; infinity
+        return False
 
 
 def prune_count(ratio: float, n: int, *, up: bool = False, align: int = 1) -> int:

@@ -10,6 +10,9 @@ from typing import Any
 import typer
 
 from grace_opt.errors import InputError, did_you_mean
+from grace_opt.reading import opened
+
+CONFIG_LIMIT = 1 << 20  #: bytes of a config file
 
 # The tables of a config file and the options that each holds, by the names of the command line (with _ for -).
 # tests/cli/test_config.py checks that they are the commands' options, all of those that the environment can set.
@@ -81,11 +84,13 @@ def read_config(path: str | Path, command: str) -> dict[str, Any]:
 
     Raises InputError for a bad file or an unknown table or key.
     """
+    with opened(path, "config file", stream=True) as file:
+        data = file.read(CONFIG_LIMIT + 1)
+    if len(data) > CONFIG_LIMIT:
+        raise InputError(f"the config file {path} has more than {CONFIG_LIMIT} bytes; it holds options only")
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"cannot read the config file {path}: {error.strerror or error}") from error
-    except ValueError as error:
+        tables = tomllib.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the config file {path} is not TOML ({error})") from None
     options: dict[str, Any] = {}
     for table, values in tables.items():
@@ -94,6 +99,8 @@ def read_config(path: str | Path, command: str) -> dict[str, Any]:
         for key, value in values.items():
             if key not in TABLES[table]:
                 raise InputError(f"the config file {path} sets {table}.{key}{did_you_mean(key, TABLES[table])}")
+            if not all(isinstance(each, str | int | float) for each in (value if isinstance(value, list) else [value])):
+                raise InputError(f"the config file {path} sets {table}.{key} to what no option takes; give a value")
             if table in tables_of(command):
                 options[key] = value
     return options

@@ -45,14 +45,14 @@ def generate(
     """Continue a prompt with a channel-pruned cache."""
     explain(ctx, talk.verbose)
     from grace_opt.compression.mask_file import load_mask
-    from grace_opt.models.texts import read_pieces
+    from grace_opt.models.texts import read_text
 
     if mask is not None and method is not None:
         raise InputError("--mask and --method exclude each other; give one of them")
     if mask is None and method is None and (key_bits or value_bits):
         raise InputError("integers hold the channels that a mask or a method keeps; give --mask or --method too")
     if prompt is None:
-        prompt = "".join(read_pieces(prompt_file or "-"))
+        prompt = read_text(prompt_file or "-")
     elif prompt_file is not None:
         raise InputError("--prompt and --prompt-file exclude each other; give one of them")
     loaded_mask = None if mask is None else load_mask(mask)

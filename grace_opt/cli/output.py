@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
+
+from grace_opt.errors import shown
 
 
 class Format(StrEnum):
@@ -27,7 +28,9 @@ def print_records(
     The columns are those of the first record if left out.
     """
     if format is Format.JSON:
-        sys.stdout.write(json.dumps({**more, "records": records}, allow_nan=False) + "\n")
+        from grace_opt.files import json_text
+
+        sys.stdout.write(json_text({**more, "records": records}) + "\n")
         return
     from rich.table import Table
     from rich.text import Text
@@ -55,14 +58,6 @@ def cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def shown(text: str) -> str:
-    """A text of somebody else's (a name, an error, what a solver said) as a terminal may show it.
-
-    Control characters, which move the cursor, set colours or turn the direction of writing, become escapes like \\x1b.
-    """
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def say(message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,9 +40,9 @@ def write_run(
     versions: Mapping[str, str],
 ) -> None:
     """Write records.jsonl, and run.json with what the records came from."""
-    from grace_opt.files import write_json, write_text
+    from grace_opt.files import json_text, write_json, write_text
 
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    lines = "".join(json_text(record) + "\n" for record in records)
     write_text(folder / "records.jsonl", lines)
     about = {"command": command_line(), "options": options, "seed": seed, "versions": versions}
     write_json(folder / "run.json", about)

@@ -9,6 +9,8 @@ from typing import Any, Self
 
 from grace_opt.compare.instances import NOT_SUPPORTED, Instance, limits_of, place_of, refusal
 from grace_opt.errors import InputError
+from grace_opt.files import json_text
+from grace_opt.reading import parsed
 from grace_opt.records import InstanceRecord, check
 from grace_opt.solution import Limit, Limits, Solver, Status
 from grace_opt.solve import options_of
@@ -45,7 +47,7 @@ class RecordsFile:
 
     def append(self, record: Record) -> Record:
         """Add a record to the end of the file; it comes back."""
-        line = json.dumps(record, allow_nan=False, default=str).encode() + b"\n"
+        line = json_text(record, default=str).encode() + b"\n"
         try:
             while line:
                 line = line[self._file.write(line) :]
@@ -71,13 +73,14 @@ class RecordsFile:
         *lines, torn = self._file.read().split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
+                found = parsed(line)
                 check(InstanceRecord, line)
             except InputError as error:
                 raise InputError(
                     f"{self.path}, line {number}, is not a record ({error}); delete that line, or write "
                     "to another folder"
                 ) from None
-            self.records.append(json.loads(line))
+            self.records.append(found)
         self.loaded = len(self.records)
         if torn:
             self._file.truncate(self._file.tell() - len(torn))

@@ -27,8 +27,9 @@ from grace_opt.compression.budget import Budget
 from grace_opt.compression.method import METHODS, Method
 from grace_opt.engines.outcome import Engine
 from grace_opt.errors import InputError
-from grace_opt.files import check_writable, read_json, write_json
+from grace_opt.files import check_writable, json_text, write_json
 from grace_opt.graphs import load_bundle
+from grace_opt.reading import read_json
 from grace_opt.records import budget_name, now
 from grace_opt.registry import create
 from grace_opt.reports.report import write_report
@@ -227,7 +228,7 @@ def _earlier_runs(path: Path) -> list[Any]:
 
 
 def _write_runs(path: Path, runs: Sequence[Any]) -> None:
-    write_json(path, {"runs": json.loads(json.dumps(runs, default=str))})
+    write_json(path, {"runs": json.loads(json_text(runs, default=str))})
 
 
 def _by_set(instances: Iterable[Instance]) -> list[list[Instance]]:

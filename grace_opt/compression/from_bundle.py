@@ -57,8 +57,8 @@ def problems_of(bundle: GraphBundle, method: Method, budget: Budget) -> list[Sub
     problems: dict[Kind, list[SubsetProblem]] = {}
     for head, problem in zip(bundle.heads, plain, strict=True):
         problems.setdefault(head.kind, []).append(problem)
-    kv_heads = bundle.integer("num_key_value_heads", 1 + max(head.kv_head for head in bundle.heads))
-    group = bundle.integer("num_attention_heads", kv_heads) // kv_heads
+    _, kv_heads = bundle.geometry()
+    group = max(1, bundle.integer("num_attention_heads", kv_heads) // kv_heads)
     dims = {"key": bundle.integer("head_dim", plain[0].n)}
     dims["value"] = bundle.integer("value_head_dim", dims["key"])
     layers = len({head.layer for head in bundle.heads})
@@ -67,7 +67,7 @@ def problems_of(bundle: GraphBundle, method: Method, budget: Budget) -> list[Sub
         problems,
         budget,
         method.sharing,
-        queries=group * bundle.integer("observation_window", 32),
+        queries=group * bundle.integer("observation_window", 32, least=1),
         costs=costs,
         whole=layers * kv_heads * sum(costs[kind] * dims[kind] for kind in KINDS),
     )
@@ -110,7 +110,7 @@ def mask_from_solutions(
         channels = Channels.keeping(keep, solution.n, *((readout.matrix, readout.constant) if readout else ()))
         codec = as_integers(channels, method.bits(head.kind) or 0, head.kind)
         codecs.setdefault(head.layer, {}).setdefault(head.kind, {})[head.kv_head] = codec
-    heads = bundle.integer("num_key_value_heads", 1 + max(head.kv_head for head in bundle.heads))
+    _, heads = bundle.geometry()
     for layer, kinds in codecs.items():
         for kind, by_head in kinds.items():
             if sorted(by_head) != list(range(heads)):
@@ -160,12 +160,12 @@ def _mask_of_plan(
     return KVMask(
         model=about.get("model", "unknown"),
         config_sha256=about.get("config_sha256"),
-        num_hidden_layers=bundle.integer("num_hidden_layers", 0) or None,
+        num_hidden_layers=bundle.geometry()[0] or None,
         num_attention_heads=bundle.integer("num_attention_heads", 0) or None,
         num_key_value_heads=heads,
         head_dim=dims.pop(),
         plan=plan,
-        softmax_scale=float(about["softmax_scale"]) if "softmax_scale" in about else None,
+        softmax_scale=bundle.positive("softmax_scale"),
         structure="rope_pair" if paired else "channel",
         align=method.sharing.align,
         calibration=about,

@@ -45,6 +45,8 @@ class Integers(Codec):
             raise InputError(f"packed integers have 2, 3, 4 or 8 bits, got {self.bits}")
         if self.axis not in get_args(Axis):
             raise InputError(f"the axis of packed integers must be channel or token, got {self.axis!r}")
+        if isinstance(self.inner, Integers):
+            raise InputError("packed integers cannot be packed once more; give the codec whose rows they are")
 
     @property
     def n(self) -> int:

@@ -40,6 +40,14 @@ class LowRank(Codec):
 
     name: ClassVar[str] = "lowrank"
 
+    def __post_init__(self) -> None:
+        n, kept = self.basis.shape[-1:], self.constant.shape[-1:]
+        shapes = self.basis.shape[-2:] == (*n, *n) and kept <= n and len(kept) == 1
+        if not shapes or (self.inverse is not None and self.inverse.shape[-2:] != (*n, *n)):
+            raise InputError(
+                "a basis must be a square matrix, as its inverse, and have no fewer rows than its constant"
+            )
+
     @classmethod
     def fit(cls, seen: Observed, kind: Kind, widths: Sequence[int], *, basis: str = "svd", **_: Any) -> list[Self]:
         """The best projections of these widths for the prunable tokens, about their mean (Eckart and Young, 1936).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from grace_opt.compression.method import Windows
 from grace_opt.compression.plan import CachePlan, LayerPlan
 from grace_opt.compression.readout import READOUT_SCOPES, Readout, ReadoutRecipe
 from grace_opt.errors import InputError
-from grace_opt.heads import Kind
+from grace_opt.heads import CHANNELS, Kind, check_geometry
 from grace_opt.models.config import accepted_sha256, head_dim, text_config
 
 Keep = tuple[NDArray[np.int32], ...]
@@ -62,6 +63,9 @@ class KVMask:
             raise InputError(f"the mask's prefill policy must be 'full' or 'pruned', got {self.prefill!r}")
         if self.structure not in STRUCTURES:
             raise InputError(f"the mask's structure must be one of {', '.join(STRUCTURES)}, got {self.structure!r}")
+        check_geometry("the mask", self.layer_count, self.num_key_value_heads, self.head_dim)
+        if self.softmax_scale is not None and not 0 < self.softmax_scale < math.inf:
+            raise InputError(f"the mask's softmax_scale must be positive, got {self.softmax_scale!r}")
         for layer in self.plan:
             if layer.index < 0 or (self.num_hidden_layers is not None and layer.index >= self.num_hidden_layers):
                 raise InputError(f"the mask has a layer {layer.index}: the model has {self.num_hidden_layers} layers")
@@ -72,6 +76,7 @@ class KVMask:
         if len(codecs) != self.num_key_value_heads:
             raise InputError(f"{where} are for {len(codecs)} KV heads, and the model has {self.num_key_value_heads}")
         sizes = {codec.n for codec in codecs} - {0}
+        check_geometry(where, self.layer_count, self.num_key_value_heads, max(sizes, default=0))
         if sizes and (len(sizes) > 1 or (kind == "key" and sizes != {self.head_dim})):
             raise InputError(f"{where} are for heads of {sorted(sizes)} channels, and the model's have {self.head_dim}")
 
@@ -190,6 +195,8 @@ def channels_of(codec: Codec) -> Channels | None:
 def checked_channels(keep: ArrayLike, n: int, static: Readout | None, where: str) -> Channels:
     """One head's. Raises InputError for channels that are not sorted, distinct and in range."""
     kept = np.asarray(keep)
+    if not 0 < n <= CHANNELS:
+        raise InputError(f"{where}: a head has from 1 to {CHANNELS} channels, not {n}")
     if kept.ndim != 1 or (kept.size and not np.issubdtype(kept.dtype, np.integer)):
         raise InputError(f"{where}: kept channels must be a list of whole numbers")
     if kept.size and not (kept[0] >= 0 and kept[-1] < n and (np.diff(kept) > 0).all()):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,15 +13,19 @@ import torch
 
 from grace_opt.compression.budget import Budget
 from grace_opt.compression.codec import Codec
-from grace_opt.compression.mask import Keep, KVMask, channels_of, checked_channels
+from grace_opt.compression.mask import KVMask, channels_of, checked_channels
+from grace_opt.compression.mask_fields import keep_of, text, whole
+from grace_opt.compression.mask_version_1 import from_version_1
 from grace_opt.compression.method import Windows, from_options
 from grace_opt.compression.plan import CachePlan, Choice, LayerPlan
 from grace_opt.compression.plugins import CODECS, POLICIES
-from grace_opt.compression.readout import READOUT_SCOPES, Readout, ReadoutRecipe
+from grace_opt.compression.readout import Readout, ReadoutRecipe
 from grace_opt.compression.tokens.base import TokenRule
-from grace_opt.errors import InputError
-from grace_opt.files import read_json, read_safetensors, replacing, write_safetensors
-from grace_opt.heads import KINDS, Kind
+from grace_opt.errors import InputError, shown
+from grace_opt.files import file_sha256, json_text, replacing, write_safetensors
+from grace_opt.heads import CHANNELS, KINDS, Kind, check_geometry
+from grace_opt.reading import read_json
+from grace_opt.tensor_file import tensor_file
 
 FORMAT, VERSION = "kv-channel-mask", 2
 JSON_NAME, TENSORS_NAME = "kv_mask.json", "kv_mask.safetensors"
@@ -46,39 +49,43 @@ def save_mask(mask: KVMask, folder: str | Path) -> None:
             tensors |= _tensors(f"layers.{layer.index}.{kind[0]}", codecs)
     description = _describe(mask)
     # Both files are whole before either gets its name; contexts end inside out, so the tensors are renamed first.
-    with replacing(folder / JSON_NAME) as json_file, replacing(folder / TENSORS_NAME) as tensor_file:
-        write_safetensors(tensor_file, tensors, {"kv_mask": json.dumps(description, allow_nan=False)})
-        digest = hashlib.sha256(tensor_file.read_bytes()).hexdigest()
-        description["tensors"] = {"file": TENSORS_NAME, "sha256": digest}
-        json_file.write_text(json.dumps(description, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with replacing(folder / JSON_NAME) as json_file, replacing(folder / TENSORS_NAME) as tensors_file:
+        write_safetensors(tensors_file, tensors, {"kv_mask": json_text(description)})
+        description["tensors"] = {"file": TENSORS_NAME, "sha256": file_sha256(tensors_file)}
+        json_file.write_text(json_text(description, indent=1) + "\n", encoding="utf-8")
 
 
 def load_mask(folder: str | Path) -> KVMask:
     """Read and check a mask. Raises InputError naming what is missing, damaged, unknown or out of range."""
     folder = Path(folder)
     path = folder / JSON_NAME
-    if not path.is_file():
+    try:
+        there = path.exists()
+    except (OSError, ValueError):
+        there = True  # reading it says why it cannot be looked at
+    if not there:
         raise InputError(f"{folder} holds no mask (no {JSON_NAME}); make one with grace-opt solve")
     description = read_json(path)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise InputError(f"{path} is not a mask (its format is not {FORMAT!r})")
     version = description.get("version")
-    if version not in (1, VERSION):
+    if version not in (1, VERSION) or type(version) is not int:
         raise InputError(
             f"{path} is a mask of version {version!r}; this grace-opt reads versions 1 and {VERSION}; use a newer one"
         )
     try:
         tensors_path = folder / Path(description["tensors"]["file"]).name
-        tensors, _ = read_safetensors(tensors_path)
-        if hashlib.sha256(tensors_path.read_bytes()).hexdigest() != description["tensors"]["sha256"]:
-            raise InputError(
-                f"{tensors_path} is not the file that {path.name} belongs to (sha256 differs); solve again"
-            )
-        return _mask(*(_from_version_1(description, tensors) if version == 1 else (description, tensors)))
+        with tensor_file(tensors_path) as tensors:
+            if file_sha256(tensors_path) != description["tensors"]["sha256"]:
+                raise InputError(
+                    f"{tensors_path} is not the file that {path.name} belongs to (sha256 differs); solve again"
+                )
+            return _mask(*(from_version_1(description, tensors) if version == 1 else (description, tensors)))
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise InputError(f"{path} lacks a field or has one of the wrong type ({error}); make the mask again") from None
+    except Exception as error:  # what is wrong with a description surfaces as almost any type, in codecs of others too
+        reason = shown(str(error) or type(error).__name__, 200)
+        raise InputError(f"{path} lacks a field or has one of the wrong type ({reason}); make the mask again") from None
 
 
 # ---------------------------------------------------------------- writing
@@ -183,58 +190,13 @@ def _count(plan: CachePlan, kind: Kind) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def _from_version_1(
-    description: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A description and tensors of version 2 that say the same; what version 1 left to its runtime is said here."""
-    n, scope = description["geometry"]["head_dim"], description["readout"]["scope"]
-    if scope not in READOUT_SCOPES:
-        raise InputError(f"the read-out scope must be none, static or prefill, got {scope!r}")
-    layers = []
-    for old in description["layers"]:
-        entry: dict[str, Any] = {"index": old["index"]}
-        for kind in KINDS:
-            width = old.get(f"{kind[0]}_dim")
-            if isinstance(width, list):
-                entry[kind] = {"heads": [{"codec": "channels", "width": each, "n": n} for each in width]}
-            elif width is not None:
-                entry[kind] = {"codec": "channels", "width": width, "n": n}
-        layers.append(entry if len(entry) > 1 else {"index": old["index"], "skip": True})
-    old = description["policy"]
-    policy = {
-        "sinks": old["sink_tokens"],
-        "recent_window": old["recent_window"],
-        "generated": "prune",
-        "readout": asdict(ReadoutRecipe()) if scope == "prefill" else None,
-        "queries": 32,
-        "spans": 2,
-        "tokens": None,
-        "choice": None,
-        "prefill": old["prefill"],
-    }
-    if scope == "static":
-        _check_static(layers, tensors)
-    renamed = {name.replace(".readout.", "."): array for name, array in tensors.items()}
-    return {**description, "layers": layers, "policy": policy}, renamed
-
-
-def _check_static(layers: Sequence[Mapping[str, Any]], tensors: Mapping[str, np.ndarray]) -> None:
-    """Raise InputError if a head of version 1 has no read-out: it would silently be read as something else."""
-    for entry in layers:
-        for kind in KINDS:
-            prefix = f"layers.{entry['index']}.{kind[0]}"
-            heads = range(len(_keep(tensors, prefix, set()))) if kind in entry else ()
-            for name in (f"{prefix}.kv_heads.{head}.readout" for head in heads):
-                if not {f"{name}.matrix", f"{name}.constant"} <= set(tensors):
-                    raise InputError(f"the mask's static read-out {name} is missing; solve again")
-
-
 def _mask(description: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> KVMask:
     geometry = description["geometry"]
     entries = description["layers"]
     count = geometry["num_hidden_layers"]
-    heads, n = _whole(geometry["num_key_value_heads"], "num_key_value_heads"), _whole(geometry["head_dim"], "head_dim")
-    if count is not None and _whole(count, "num_hidden_layers") != len(entries):
+    heads, n = whole(geometry["num_key_value_heads"], "num_key_value_heads"), whole(geometry["head_dim"], "head_dim")
+    check_geometry("the mask", len(entries), heads, n)
+    if count is not None and whole(count, "num_hidden_layers") != len(entries):
         raise InputError(f"the mask says {count} layers and lists {len(entries)}; make it again")
     if [entry["index"] for entry in entries] != list(range(len(entries))):
         raise InputError("the mask's list of layers is not numbered from 0 on; make it again")
@@ -245,35 +207,43 @@ def _mask(description: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> KVM
             )
     policy = description["policy"]
     used: set[str] = set()
+    of_heads: dict[str, dict[str, str]] = {}  # prefix of a head's tensors -> field -> whole name
+    for name in tensors:
+        found = re.fullmatch(r"(layers\.[0-9]+\.[kv]\.kv_heads\.[0-9]+)\.(.+)", name, re.DOTALL)
+        if found:
+            of_heads.setdefault(found[1], {})[found[2]] = name
     layers = {}
     for entry in entries:
         if entry.get("skip"):
             continue
         index = entry["index"]
         codecs = {
-            kind: _codecs(entry[kind], f"layers.{index}.{kind[0]}", heads, n if kind == "key" else None, tensors, used)
+            kind: _codecs(
+                entry[kind], f"layers.{index}.{kind[0]}", heads, n if kind == "key" else None, tensors, of_heads, used
+            )
             for kind in KINDS
             if kind in entry
         }
         layers[index] = _layer(index, codecs, {**policy, **entry.get("policy", {})})
     held = {name for name in tensors if name not in used}
     if held:
-        raise InputError(f"the mask's list of layers does not match its tensors ({sorted(held)[:4]}); make it again")
-    base = description["base_model"]
+        names = ", ".join(shown(name, 80) for name in sorted(held)[:4])
+        raise InputError(f"the mask's list of layers does not match its tensors ({names}); make it again")
+    base, attention_heads = description["base_model"], geometry["num_attention_heads"]
     return KVMask(
-        model=str(base["id"]),
-        config_sha256=base["config_sha256"],
+        model=text(base["id"], "base_model.id"),
+        config_sha256=None if base["config_sha256"] is None else text(base["config_sha256"], "config_sha256"),
         num_hidden_layers=count,
-        num_attention_heads=geometry["num_attention_heads"],
+        num_attention_heads=None if attention_heads is None else whole(attention_heads, "num_attention_heads"),
         num_key_value_heads=heads,
         head_dim=n,
         plan=CachePlan(layers),
         softmax_scale=description["softmax_scale"],
         prefill=policy["prefill"],
         structure=description["key"]["structure"],
-        align=_whole(description["key"]["align"], "align"),
-        calibration=description["calibration"],
-        solver=description["solver"],
+        align=whole(description["key"]["align"], "align"),
+        calibration=dict(description["calibration"]),
+        solver=dict(description["solver"]),
         unknown={name: value for name, value in description.items() if name not in _FIELDS},
     )
 
@@ -289,38 +259,35 @@ def _layer(index: int, codecs: Mapping[Kind, Sequence[Codec]], policy: Mapping[s
     return LayerPlan(
         index,
         codecs,
-        Windows(
-            _whole(policy["sinks"], "sinks"), _whole(policy["recent_window"], "recent_window"), policy["generated"]
-        ),
+        Windows(whole(policy["sinks"], "sinks"), whole(policy["recent_window"], "recent_window"), policy["generated"]),
         None if readout is None else ReadoutRecipe(**readout),
-        _whole(policy["queries"], "queries"),
-        None if policy["spans"] is None else _whole(policy["spans"], "spans"),
+        whole(policy["queries"], "queries"),
+        None if policy["spans"] is None else whole(policy["spans"], "spans"),
         rule,
         chosen,
     )
 
 
-def _whole(value: Any, name: str) -> int:
-    """A count of the file, bounded before anything is made of it."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise InputError(f"the mask's {name} must be a whole number from 0 to {2**31 - 1}, got {value!r}")
-    return value
-
-
 def _codecs(
-    entry: Mapping[str, Any], prefix: str, heads: int, n: int | None, tensors: Mapping[str, np.ndarray], used: set[str]
+    entry: Mapping[str, Any],
+    prefix: str,
+    heads: int,
+    n: int | None,
+    tensors: Mapping[str, np.ndarray],
+    of_heads: Mapping[str, Mapping[str, str]],
+    used: set[str],
 ) -> list[Codec]:
     """The codecs of one layer's heads. ``used`` collects the names of tensors that belong to something."""
     each = entry.get("heads")
     if each is None:
-        held = _keep(tensors, prefix, used) if _innermost(entry)["codec"] == "channels" else None
+        held = keep_of(tensors, prefix, None, used) if _innermost(entry)["codec"] == "channels" else None
         each = [entry] * (heads if held is None else len(held))
     else:
-        held = _keep(tensors, prefix, used) if _innermost(each[0])["codec"] == "channels" else None
+        held = keep_of(tensors, prefix, len(each), used) if _innermost(each[0])["codec"] == "channels" else None
     if len(each) != heads or (held is not None and len(held) != heads):
         raise InputError(f"the mask's {prefix} is for {len(each)} KV heads, and the model has {heads}; make it again")
     return [
-        _codec(about, f"{prefix}.kv_heads.{head}", n, None if held is None else held[head], tensors, used)
+        _codec(about, f"{prefix}.kv_heads.{head}", n, None if held is None else held[head], tensors, of_heads, used)
         for head, about in enumerate(each)
     ]
 
@@ -335,24 +302,26 @@ def _codec(
     n: int | None,
     keep: np.ndarray | None,
     tensors: Mapping[str, np.ndarray],
+    of_heads: Mapping[str, Mapping[str, str]],
     used: set[str],
 ) -> Codec:
     name = about["codec"]
     parameters = {field: value for field, value in about.items() if field not in ("codec", "inner")}
     made = CODECS[name]
     if "inner" in about:
-        inner: Any = {"inner": _codec(about["inner"], prefix, n, keep, tensors, used)}
+        inner: Any = {"inner": _codec(about["inner"], prefix, n, keep, tensors, of_heads, used)}
         return made(**inner, **parameters)
-    fields = {each.removeprefix(f"{prefix}."): tensors[each] for each in tensors if each.startswith(f"{prefix}.")}
-    used |= {f"{prefix}.{each}" for each in fields}
+    fields = {field: tensors[whole] for field, whole in of_heads.get(prefix, {}).items()}
+    used |= set(of_heads.get(prefix, {}).values())
     for each, array in fields.items():
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            raise InputError(f"the mask's tensor {prefix}.{each} holds numbers that are not finite; make it again")
+        if array.dtype.kind == "c" or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+            raise InputError(f"the mask's tensor {prefix}.{each} holds numbers that are not finite or not real")
     if name != "channels":
         codec = made(**parameters, **{each: torch.from_numpy(array) for each, array in fields.items()})
-        if n is not None and codec.n not in (0, n):
+        if whole(codec.n, f"{prefix} channels") > CHANNELS or (n is not None and codec.n not in (0, n)):
             raise InputError(
-                f"the mask's {prefix} is for {codec.n} channels, and the model's heads have {n}; make it again"
+                f"the mask's {prefix} is for {codec.n} channels, and the model's heads have {n or 'up to 4096'}; make "
+                "it again"
             )
         return codec
     assert keep is not None
@@ -369,19 +338,3 @@ def _codec(
     size = n if n is not None else len(keep) + (len(readout.constant) if readout else parameters["n"] - len(keep))
     channels = checked_channels(keep, size, readout, f"the mask's {prefix}")
     return channels if "matrix" in fields else replace(channels, matrix=None)
-
-
-def _keep(tensors: Mapping[str, np.ndarray], prefix: str, used: set[str]) -> Keep:
-    name = f"{prefix}.keep"
-    keep = tensors[name]
-    used |= {name, f"{prefix}.offsets"}
-    if not np.issubdtype(keep.dtype, np.integer):
-        raise InputError(f"the mask's tensor {name} must hold whole numbers, not {keep.dtype}")
-    if keep.size and not 0 <= keep.min() <= keep.max() <= np.iinfo(np.int32).max:
-        raise InputError(f"the mask's tensor {name} holds channel {keep.max()}, which is out of range; make it again")
-    if keep.ndim == 2:
-        return tuple(keep.astype(np.int32))
-    offsets = tensors.get(f"{prefix}.offsets")
-    if keep.ndim != 1 or offsets is None or offsets[0] != 0 or offsets[-1] != len(keep) or (np.diff(offsets) < 0).any():
-        raise InputError(f"the mask's tensors {prefix}.keep and .offsets do not fit together; make the mask again")
-    return tuple(np.split(keep.astype(np.int32), offsets[1:-1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 from grace_opt.compression.budget import Sharing
@@ -166,7 +167,7 @@ def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
 
 def from_options(options: Mapping[str, Any], name: str = "of the file") -> Method:
     """A method from `Method.options`, in JSON's types or the command line's. Raises InputError."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     given: dict[str, Any] = {}
     for key, value in options.items():
@@ -178,7 +179,8 @@ def from_options(options: Mapping[str, Any], name: str = "of the file") -> Metho
         else:
             given[key] = parsed
     try:
-        return TypeAdapter(Method).validate_python(given)
+        made: Method = _validator().validate_python(given)
+        return made
     except ValidationError as error:
         first = error.errors()[0]
         message = str(first.get("ctx", {}).get("error", first["msg"]))
@@ -186,6 +188,14 @@ def from_options(options: Mapping[str, Any], name: str = "of the file") -> Metho
         if where is None:  # a check of the whole, or of a part
             raise InputError(f"method {name!r}: {message}") from None
         raise InputError(f"method {name!r}, option {where!r}: {message}, got {first['input']!r}") from None
+
+
+@cache
+def _validator() -> Any:
+    """Made once: a mask may name a method in each of its layers."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Method)
 
 
 def _parsed(key: str, value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class ReadoutRecipe:
     ridge: float = 1e-3
 
     def __post_init__(self) -> None:
+        if self.readout_fit not in get_args(ReadoutFit):
+            raise InputError(f"readout_fit must be one of {', '.join(get_args(ReadoutFit))}, got {self.readout_fit!r}")
         for name in ("mixing", "value_mixing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
@@ -103,9 +105,14 @@ def bundle_moments(head: HeadGraph, tokens: int, mixing: float) -> Moments:
     gram, mean = (head.key_gram, head.key_mean) if head.kind == "key" else (head.value_gram, head.value_mean)
     if gram is None or mean is None or head.attention_gram is None or head.attention_mean is None:
         raise InputError(f"the bundle holds no moments of {head.name} to fit a read-out to; calibrate again")
-    middle = (1 - mixing) * head.attention_mean + mixing * mean
-    second = (1 - mixing) * head.attention_gram + mixing * gram / tokens
-    return Moments(middle, second - np.outer(middle, middle))
+    with np.errstate(over="ignore", invalid="ignore"):
+        middle = (1 - mixing) * head.attention_mean + mixing * mean
+        second = (1 - mixing) * head.attention_gram + mixing * gram / tokens
+        about = Moments(middle, second - np.outer(middle, middle))
+        finite = bool(np.isfinite(np.square(about.covariance.astype(np.float32)).sum() + middle.sum()))
+    if not finite:
+        raise InputError(f"the bundle's moments of {head.name} are not finite, or so large that sums of them overflow")
+    return about
 
 
 def fit_many(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +13,8 @@ from typing import Any
 
 from grace_opt.errors import InputError
 from grace_opt.models.packaged_file import short
-from grace_opt.models.texts import decoded, read_pieces, token_windows
+from grace_opt.models.texts import decoded, read_text, token_windows
+from grace_opt.reading import parsed
 
 TOPIC_CHARACTERS = 12_000  # of a joined document of topics: above 2304 tokens
 DATASETS = {"longbench": "Xnhyacinth/LongBench", "ruler": "simonjegou/ruler"}  # hub copies that need no loading script
@@ -50,18 +51,18 @@ def read_documents(source: str | Path | None) -> list[Document]:
     if source is None:
         return pydoc_documents()
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(source):
         files = sorted(path.glob("*.txt"))
         if not files:
             raise InputError(f"{path} holds no .txt file; give a folder of .txt files, a .jsonl file or a text file")
-        return [Document(file.stem, "".join(read_pieces(str(file)))) for file in files]
+        return [Document(file.stem, read_text(str(file))) for file in files]
     if path.suffix == ".jsonl":
         documents = []
         for number, row in _rows(path):
             name = row.get("title") or row.get("id") or f"{path.stem}:{number}"
             documents.append(Document(str(name), _field(row, "text", f"line {number} of {path}")))
         return documents
-    return [Document(path.stem, "".join(read_pieces(str(source))), cut=True)]
+    return [Document(path.stem, read_text(str(source)), cut=True)]
 
 
 def pydoc_documents() -> list[Document]:
@@ -151,14 +152,14 @@ def _windows(document: Document, tokenizer: Any, length: int) -> Iterator[list[i
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The line number and the object of every line of a .jsonl file that is not blank."""
-    lines = "".join(read_pieces(str(path))).removeprefix("\ufeff").split("\n")  # U+2028 may stand in a string
+    lines = read_text(str(path)).removeprefix("\ufeff").split("\n")  # U+2028 may stand in a string
     empty = True
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = parsed(line, strict=False)
+        except InputError as error:
             raise InputError(f"line {number} of {path} is not JSON ({error}); write one JSON object a line") from None
         if not isinstance(row, dict):
             raise InputError(f"line {number} of {path} is not a JSON object; write one JSON object a line")
@@ -180,9 +181,9 @@ def _field(row: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def _local_file(local: Path, split: str) -> Path:
-    candidates = [local] if not local.is_dir() else [local / f"{split}.jsonl", local / split / "validation.jsonl"]
+    candidates = [local] if not os.path.isdir(local) else [local / f"{split}.jsonl", local / split / "validation.jsonl"]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     raise InputError(f"no such file: {' or '.join(map(str, candidates))}; give a .jsonl file or the folder it lies in")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from grace_opt.errors import InputError
 from grace_opt.files import write_json, write_safetensors, write_text
+from grace_opt.models.bounds import check_config, check_weights
 from grace_opt.models.packaged_file import PackagedFile, progress_bars, short
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def load_model(
     model: Any
     part = "configuration"  # by itself and first: without a connection every call retries for a while
     try:
+        check_config(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if "/" in str(config._attn_implementation) and not trust_remote_code:  # a kernel of the hub
             raise ValueError("its attention needs trust_remote_code")
@@ -89,6 +91,7 @@ def load_model(
         if (Path(source) / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(source)
         part = "weights"
+        check_weights(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),

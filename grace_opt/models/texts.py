@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from grace_opt.errors import InputError
+from grace_opt.reading import opened
 
 DEFAULT_TEXT = "pydoc_data.topics"
 _LAYOUT = re.compile(r"^[\s>.*=~#-]", re.MULTILINE)  # lines that are no running text
@@ -22,6 +23,7 @@ _PROSE_MODULES = (
     *("http.client", "http.cookiejar", "contextlib", "enum", "functools", "inspect", "ipaddress", "mailbox", "pathlib"),
     *("tarfile", "zipfile", "unittest", "email.message", "email.policy", "multiprocessing", "codecs", "collections"),
 )
+TEXT_LIMIT = 1 << 28  #: characters of a text that is held as a whole
 _PIECE = 1 << 16  # characters tokenised at a time: memory stays flat however long the text
 
 
@@ -43,14 +45,21 @@ def read_pieces(source: str | None) -> Iterator[str]:
         stream = sys.stdin if binary is None else io.TextIOWrapper(binary, encoding="utf-8")
         yield from decoded(stream, "standard input")
     else:
-        path = Path(source)
-        if path.is_dir() or not path.exists():
+        if os.path.isdir(source):
             raise InputError(f"no such text file: {source}; give a UTF-8 file, or - for standard input")
-        try:
-            with path.open(encoding="utf-8") as file:
-                yield from decoded(file, source)
-        except OSError as error:
-            raise InputError(f"cannot read {source}: {error.strerror or error}") from error
+        with opened(source, "text file", stream=True) as file:
+            yield from decoded(io.TextIOWrapper(file, encoding="utf-8"), source)
+
+
+def read_text(source: str) -> str:
+    """As `read_pieces`, all at once. Raises InputError also for more than `TEXT_LIMIT` characters."""
+    pieces, size = [], 0
+    for piece in read_pieces(source):
+        pieces.append(piece)
+        size += len(piece)
+        if size > TEXT_LIMIT:
+            raise InputError(f"{source} has more than {TEXT_LIMIT} characters, which is no text that can be read whole")
+    return "".join(pieces)
 
 
 def prose(modules: Iterable[str] = _PROSE_MODULES) -> Iterator[str]:

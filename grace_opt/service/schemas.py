@@ -12,9 +12,10 @@ from grace_opt.service.db.tables import State
 
 Digest = Annotated[str, Field(pattern=SHA256, description="sha256, 64 hexadecimal digits")]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  #: PostgreSQL holds no NUL
-Option = Text | int | float | bool | None
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  #: databases hold no more
 Short = Annotated[Text, Field(max_length=200)]
-MethodOption = Short | int | float | bool | None | dict[Short, Short | int | float | bool | None]
+Option = Short | Whole | float | bool | None
+MethodOption = Option | Annotated[dict[Short, Option], Field(max_length=100)]
 Scope = Literal["read", "submit", "admin"]
 Sort = Literal["id", "problem", "status", "objective", "gap", "reference_gap", "over_best", "time"]
 
@@ -29,7 +30,7 @@ class SolverChoice(Body):
     """A solver and its options."""
 
     solver: Text = Field(min_length=1, max_length=100, examples=["branch-and-bound"])
-    options: dict[Text, Option] = Field(default_factory=dict, examples=[{}])
+    options: dict[Short, Option] = Field(default_factory=dict, max_length=100, examples=[{}])
 
 
 class RunLimits(Body):
@@ -65,7 +66,10 @@ class RunRequest(Body):
     solvers: list[SolverChoice] = Field(min_length=1, max_length=32)
     method: Short = Field("grace-opt", description="name of a method: `grace-opt methods`")
     method_options: dict[Short, MethodOption] = Field(
-        default_factory=dict, description="in place of the method's own", examples=[{"budget": "uniform"}]
+        default_factory=dict,
+        max_length=100,
+        description="in place of the method's own",
+        examples=[{"budget": "uniform"}],
     )
     ratios: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=list, max_length=32, description="fractions of the key channels to prune"

@@ -216,7 +216,7 @@ def test_an_interrupted_save_leaves_the_old_mask(tmp_path: Path, monkeypatch: py
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grace_opt.compression.mask_file.hashlib.sha256", interrupted)
+    monkeypatch.setattr("grace_opt.compression.mask_file.file_sha256", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_mask(some_mask(key_keep={0: RAGGED}), tmp_path)
     monkeypatch.undo()

@@ -23,7 +23,8 @@ FLOORS = (
     ("engines", "registry", "models", "records", "greedy"),
     ("solution",),
     ("problem",),
-    ("files", "heads", "versions"),
+    ("files", "heads", "tensor_file", "versions"),
+    ("reading",),
     ("errors",),
 )
 PACKAGES = {"grace_opt": ROOT / "grace_opt", "grace_solvers": ROOT / "solvers" / "grace_solvers"}

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyErro
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from grace_opt.errors import InputError
+from grace_opt.errors import InputError, shown
 from grace_opt.service.db.outages import ReplacedError, is_full, is_outage, reason
 from grace_opt.service.db.runs import QueueFullError
 from grace_opt.service.schemas import Failure
@@ -91,6 +91,7 @@ def install(app: FastAPI, as_page: Callable[[Request, int, str], Response | None
     """Answer all exceptions that leave a route; ``as_page`` may make a page of one."""
 
     def answer(request: Request, status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+        detail = shown(detail)  # it may quote the request
         return as_page(request, status, detail) or response(status, detail, headers)
 
     @app.exception_handler(RefusedError)

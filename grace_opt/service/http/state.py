@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from grace_opt.compare import summarise, with_references
 from grace_opt.engines.dask import Cluster
-from grace_opt.errors import InputError
+from grace_opt.errors import InputError, shown
 from grace_opt.files import file_sha256
 from grace_opt.graphs import load_bundle
+from grace_opt.reading import opened
 from grace_opt.records import budget_name, budget_of
 from grace_opt.service.db.database import Row
 from grace_opt.service.db.storage import Storage
@@ -20,7 +19,7 @@ from grace_opt.service.http.access import Access
 from grace_opt.service.http.page_cache import PageCache
 from grace_opt.service.runner import Runner
 
-HEADER_LIMIT = 16 << 20  #: bytes of a safetensors file's own header
+NAME_LENGTH = 100  #: characters of a registered file's name, some of which take two when shown
 
 
 class Service:
@@ -65,8 +64,13 @@ class Service:
         """Take a copy of a bundle's file."""
         temporary = self.storage.blobs.temporary()
         try:
-            shutil.copyfile(path, temporary)
-            return self.adopt_bundle(temporary, file_sha256(temporary), path.name)
+            with temporary.open("wb") as copy:
+                for block in _blocks(path):  # its size is no promise: it may be growing
+                    copy.write(block)
+                    if copy.tell() > self.upload_limit:
+                        most = self.upload_limit
+                        raise InputError(f"a bundle may have {most} bytes (grace-opt serve --upload-limit)")
+            return self.adopt_bundle(temporary, file_sha256(temporary), shown(path.name, NAME_LENGTH))
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -76,10 +80,9 @@ class Service:
         known = bundles.find(digest)
         if known is not None and blobs.is_sound(digest):
             return known
-        _check_header(temporary)
         try:
             bundle = load_bundle(temporary)
-            bundle.problems(0.0)  # finds NaN and asymmetry
+            bundle.check()  # finds NaN and asymmetry
         except InputError as error:
             raise InputError(str(error).replace(str(temporary), "the file")) from None
         blobs.adopt(temporary, digest)
@@ -114,16 +117,7 @@ class Service:
         return {"runs": list(runs), "summary": summary, "differences": differences}
 
 
-def _check_header(path: Path) -> None:
-    """Refuse a file whose header would take much memory to read, before it is read."""
-    with path.open("rb") as file:
-        start = file.read(8)
-    size = path.stat().st_size
-    if len(start) < 8:
-        raise InputError("the file is truncated or not a safetensors file; make or fetch it again")
-    length = struct.unpack("<Q", start)[0]
-    if length > min(HEADER_LIMIT, size - 8):
-        raise InputError(
-            f"the file says that its header has {length} bytes, of {size} in all and {HEADER_LIMIT} allowed; "
-            "it is truncated or not a safetensors file"
-        )
+def _blocks(path: Path) -> Iterator[bytes]:
+    with opened(path) as file:
+        while block := file.read(1 << 20):
+            yield block
