@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # the command line starts with this module; typing takes most of the time that it had
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
+    from grace_opt import runtime as runtime
+else:
+    ModuleType = type(sys)
 
 if TYPE_CHECKING:
-    from grace_opt import runtime as runtime
     from grace_opt.compression.budget import Budget
     from grace_opt.compression.from_bundle import mask_from_solutions, problems_of
     from grace_opt.compression.mask import KVMask

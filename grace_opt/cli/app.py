@@ -98,19 +98,28 @@ def run(arguments: Sequence[str]) -> int:
     line = [argument for argument in arguments if argument != "--debug"]  # it may stand anywhere
     try:
         code = app(line or ["--help"], prog_name="grace-opt", standalone_mode=False)
-    except InputError as error:
-        return _failed(str(error), 2, debug)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:
+        if _interrupted(error):
+            raise KeyboardInterrupt from None
         if hasattr(error, "format_message"):  # a usage error, of the command line parser
             return _failed(error.format_message(), 2, debug=False)
-        if isinstance(error, OSError | MemoryError):
+        if isinstance(error, InputError | OSError | MemoryError):
             return _failed(str(error) or "out of memory", 2, debug)
         return _failed(f"unexpected {type(error).__name__}: {error}; --debug shows where", 1, debug)
     if code == 130:  # Typer's word for an interrupt
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error came of an interrupt: libraries make other errors of one that meets them in an import."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _failed(message: str, code: int, debug: bool) -> int:

@@ -69,7 +69,6 @@ def solve(
     """Choose the channels to prune in every head of a bundle, and write the mask."""
     sources = explain(ctx, talk.verbose)
     from grace_opt.compression.from_bundle import mask_from_solutions, problems_of
-    from grace_opt.compression.mask_file import save_mask
     from grace_opt.files import check_writable
     from grace_opt.graphs import load_bundle
     from grace_opt.registry import create
@@ -120,6 +119,8 @@ def solve(
                 say(f"{heads} were finished; their records are in {output}, no mask is")
             raise
     records = write_records(solutions)
+    from grace_opt.compression.mask_file import save_mask  # late: it loads torch
+
     windows = {name: getattr(method.windows, name) for name in ("recent_window", "sinks") if name in given}
     save_mask(mask_from_solutions(graphs, solutions, method, readout_scope=readout or "prefill", **windows), output)
     _print(records, talk)

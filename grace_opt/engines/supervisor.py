@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, wait
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import current_process, get_context
+from multiprocessing import current_process, get_context, resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +103,7 @@ class Supervisor:
             current_process()._config["daemon"] = False  # type: ignore[attr-defined]
             # spawn: a fork would take over half the state of the threads of BLAS, OpenMP and torch
             self._pool = ProcessPool(1, initializer=_start, initargs=(os.getpid(),), context=get_context("spawn"))
+            _start_deaf(self._pool)
         if self._stopped:
             self._end()
             raise CancelledError("stopped")
@@ -124,6 +125,21 @@ class Supervisor:
             pool.join()
 
 
+def _start_deaf(pool: ProcessPool) -> None:
+    """Start a pool's threads and its process with Ctrl-C blocked, which they inherit.
+
+    It is for the parent, which ends its workers; one that is still importing would show a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return
+    resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        pool.schedule(os.getpid)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _patience(limits: Limits, problems: int) -> float | None:
     """Seconds after which a worker is killed: a fifth more than the limit, and two for what is not the solver's."""
     return None if limits.time_limit is None else 1.2 * limits.time_limit * problems + 2.0
@@ -137,8 +153,8 @@ def _work(solver: Solver, problems: Sequence[SubsetProblem], limits: Limits) -> 
 
 def _start(parent: int) -> None:
     """A process's first work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which it does; Dask's workers are deaf to it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # see _start_deaf, also where signals cannot be blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which the parent ends it; Dask's workers are deaf to it
 
     def watch() -> None:
         while os.getppid() == parent:
