@@ -81,13 +81,16 @@ class Timing:
 class Capabilities:
     """What a solver can do, known before it runs.
 
-    ``largest_n`` is the size it is meant for (None: any); ``requires`` names distributions whose versions are
-    stamped on each solution.
+    ``time_limit``, ``node_limit`` and ``iteration_limit``: the limits that it honours; each solution warns of one that
+    is set and that it does not. ``largest_n`` is the size it is meant for (None: any); ``requires`` names
+    distributions whose versions are stamped on each solution.
     """
 
     exact: bool = False
     bounds: bool = False
     time_limit: bool = False
+    node_limit: bool = False
+    iteration_limit: bool = False
     warm_start: bool = False
     groups: bool = False
     batched: bool = False
@@ -145,6 +148,16 @@ class BatchSolver(Solver, Protocol):
     """A solver that is faster on many problems at once (``capabilities.batched``)."""
 
     def solve_batch(self, problems: Sequence[SubsetProblem], limits: Limits) -> list[RawResult]: ...
+
+
+def ignored_limits(solver: Solver, limits: Limits) -> tuple[str, ...]:
+    """A sentence for each limit that is set and that the solver does not say it honours (`Capabilities`)."""
+    able = solver.capabilities
+    return tuple(
+        f"{solver.name} honours no {name.replace('_', ' ')}, so {name} = {getattr(limits, name):g} has no effect on it"
+        for name in ("time_limit", "node_limit", "iteration_limit")
+        if getattr(limits, name) is not None and not getattr(able, name)
+    )
 
 
 def rounding_slack(weights: FloatArray) -> float:

@@ -26,6 +26,7 @@ from grace_opt.solution import (
     Solution,
     Solver,
     Status,
+    ignored_limits,
     relative_gap,
     rounding_slack,
 )
@@ -161,7 +162,7 @@ def checked(problem: SubsetProblem, solver: Solver, limits: Limits, raw: RawResu
 
 
 def _recomputed(problem: SubsetProblem, solver: Solver, limits: Limits, raw: RawResult, elapsed: int) -> Solution:
-    warnings = [str(warning) for warning in raw.warnings]
+    warnings = [*ignored_limits(solver, limits), *map(str, raw.warnings)]
     objective, pruned = math.nan, None
     lower_bound, bound_kind = float(raw.lower_bound), BoundKind(raw.bound_kind)
     if math.isnan(lower_bound) or bound_kind is BoundKind.NONE:
@@ -181,15 +182,21 @@ def _recomputed(problem: SubsetProblem, solver: Solver, limits: Limits, raw: Raw
         block = problem.weights[np.ix_(chosen, chosen)]
         objective = float(block.sum())
         above = lower_bound - objective
-        if abs(above) <= rounding_slack(block) or 0 < above <= OBJECTIVE_SLACK * abs(objective):
+        if not math.isfinite(objective):
+            status = Status.NUMERICAL_ERROR
+            warnings.append(f"the objective of its selection is {objective}: its weights are too large to be summed")
+        elif abs(above) <= rounding_slack(block) or 0 < above <= OBJECTIVE_SLACK * abs(objective):
             lower_bound = objective  # they differ by rounding
         elif lower_bound > objective:
             status = Status.NUMERICAL_ERROR
             warnings.append(f"the solver's bound {lower_bound!r} lies above its own selection's {objective!r}")
+        if status is Status.NUMERICAL_ERROR:
             lower_bound, bound_kind = -math.inf, BoundKind.NONE
         within = relative_gap(objective, lower_bound) <= limits.gap_rel or objective - lower_bound <= limits.gap_abs
         if within and bound_kind is BoundKind.PROVEN:
             status = Status.OPTIMAL
+        elif solver.capabilities.exact and raw.limit is Limit.NONE and not warnings and math.isfinite(lower_bound):
+            warnings.append(f"no limit was reached, and rounding keeps the bound at {lower_bound!r}")
     return Solution(
         problem=problem.name,
         digest=problem.digest(),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from grace_opt import BoundKind, Limits, Status, SubsetProblem, registry, solve
-from tests.support import ROOT
+from tests.support import ROOT, snippets
 from tests.support.slack import assert_encloses
 
 CLI, EXAMPLE = ROOT / "docs" / "generate_cli.py", ROOT / "docs" / "adding-a-solver.md"
@@ -59,13 +59,14 @@ if CLI.is_file():
 
 if EXAMPLE.is_file():
 
-    def test_the_example_solver_works_as_an_installed_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(folder: Path) -> str:
+        """The page's project in a folder, as pip would leave it there; returns the solver's name."""
         text = EXAMPLE.read_text(encoding="utf-8")
         blocks = dict(re.findall(r"`([\w.]+)`:\n\n```\w+\n(.*?)```", text, flags=re.DOTALL))
         project = tomllib.loads(blocks["pyproject.toml"])["project"]
         ((name, reference),) = project["entry-points"]["grace_opt.solvers"].items()
-        (tmp_path / "random_swaps.py").write_text(blocks["random_swaps.py"], encoding="utf-8")
-        info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        (folder / "random_swaps.py").write_text(blocks["random_swaps.py"], encoding="utf-8")
+        info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
@@ -73,6 +74,10 @@ if EXAMPLE.is_file():
         )
         (info / "entry_points.txt").write_text(f"[grace_opt.solvers]\n{name} = {reference}\n")
         (info / "top_level.txt").write_text("random_swaps\n")
+        return str(name)
+
+    def test_the_example_solver_works_as_an_installed_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        name = installed(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delenv("GRACE_OPT_PLUGINS")
         monkeypatch.setitem(sys.modules, "random_swaps", None)  # so that the module is gone again afterwards
@@ -94,3 +99,14 @@ if EXAMPLE.is_file():
         assert solve(problem, name, limits=Limits(time_limit=0)).limit == "time"
         nothing = SubsetProblem(np.eye(3), 0, protected=np.ones(3, bool))
         assert solve(nothing, name).pruned == ()
+
+    def test_the_example_solvers_page_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        installed(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("GRACE_OPT_PLUGINS", "random-swaps")
+        shown = [block for block in snippets.blocks(EXAMPLE) if block.language == "bash" and "solve " not in block.text]
+        assert len(shown) == 2  # the list of solvers, the conformance kit; the tutorial's graphs are not here
+        for block in shown:
+            printed = snippets.bash(block.text.replace("pip install .\n", ""), tmp_path, EXAMPLE.name)
+            assert block.printed is not None
+            assert snippets.differs(block.printed, printed) is None, printed

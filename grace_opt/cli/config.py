@@ -5,7 +5,8 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import typer
 
@@ -67,8 +68,16 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: type of an option -> types of TOML that it is read from, and what to call them; all others are texts
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+    str: ((str,), "a text in quotes"),
+}
+
 # Tables that few commands read: a mask's window is not set by the table that is about calibration.
-ONLY = {"calibration": ("calibrate",), "generation": ("generate", "demo"), "evaluation": ("evaluate",)}
+ONLY = {"calibration": ("calibrate", "demo"), "generation": ("generate", "demo"), "evaluation": ("evaluate",)}
 #: Commands that read one table: --solver and --ratio of fetch say which mask, not how to solve.
 SERVICE_ONLY = ("status", "fetch")
 
@@ -110,12 +119,28 @@ def config_callback(ctx: typer.Context, path: Path | None) -> Path | None:
     """Make a config file's values the defaults of the command at hand."""
     if path is not None:
         options = read_config(path, ctx.info_name or "")
+        hints = getattr(ctx.command.callback, "__annotations__", {})
         for parameter in ctx.command.params:  # one value will do for an option that may be repeated
             value = options.get(parameter.name or "")
+            if value is not None:
+                _require_type(path, parameter.name or "", hints.get(parameter.name or ""), value)
             if getattr(parameter, "multiple", False) and value is not None and not isinstance(value, list):
                 options[parameter.name or ""] = [value]
         ctx.default_map = {**(ctx.default_map or {}), **options}
     return path
+
+
+def _require_type(path: Path, name: str, hint: Any, value: Any) -> None:
+    """Raise InputError for a value that another type would be read from: 2.7 is no whole number, true no number."""
+    base = get_args(hint)[0]  # of Annotated[...]
+    kinds = get_args(base) if isinstance(base, UnionType) else (base,)
+    several = next((get_args(kind) for kind in kinds if get_origin(kind) is list), ())
+    kind = several[0] if several else kinds[0]
+    accepted, word = _TYPES.get(kind, _TYPES[str])
+    for each in value if several and isinstance(value, list) else [value]:
+        if not isinstance(each, accepted) or (isinstance(each, bool) and kind is not bool):
+            number = "one or a list of them" if several else "one"
+            raise InputError(f"the config file {path} sets {name} = {each!r}; it takes {word}, {number}")
 
 
 def own_options(flag: str, pairs: Iterable[str], name: str) -> dict[str, str]:

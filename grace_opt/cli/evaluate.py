@@ -28,7 +28,9 @@ def evaluate(
     ratio: Annotated[
         list[float] | None, option("--ratio", help="Fraction of the key channels to prune, in [0, 1); repeatable.")
     ] = None,
-    value_ratio: Annotated[float, option("--value-ratio", help="Fraction of the value channels to prune.")] = 0.0,
+    value_ratio: Annotated[
+        float | None, option("--value-ratio", help="Fraction of the value channels to prune; 0 if left out.")
+    ] = None,
     budget_bytes: Annotated[
         list[float] | None,
         option("--budget-bytes", help="Bytes of keys and values an old token may take, in all layers; repeatable."),
@@ -84,6 +86,8 @@ def evaluate(
     from grace_opt.reports.tables import quality_row
     from grace_opt.versions import versions_of
 
+    if needle_depth and not needle_length:
+        raise InputError("--needle-depth says where needles are; give --needle-length too")
     planned = _planned(method or [], method_option or [], ratio or [], value_ratio, budget_bytes or [], mask or [])
     if output is not None:
         check_writable(output / "records.jsonl")
@@ -127,22 +131,31 @@ def _planned(
     names: list[str],
     options: list[str],
     ratios: list[float],
-    value_ratio: float,
+    value_ratio: float | None,
     budget_bytes: list[float],
     masks: list[Path],
 ) -> list[Trial]:
     """What is to be measured: every method at every budget, and the masks."""
     from grace_opt.compression.budget import Budget
     from grace_opt.compression.mask_file import load_mask
-    from grace_opt.compression.method import method
+    from grace_opt.compression.method import method, require_effect
     from grace_opt.evaluate.run import mask_trial, trials
 
     overrides = named_options("--method-option", names, options)
-    budgets = [Budget(ratio, value_ratio) for ratio in ratios]
+    if value_ratio is not None and not ratios:
+        raise InputError("--value-ratio goes with --ratio; --budget-bytes shares its bytes between keys and values")
+    budgets = [Budget(ratio, value_ratio or 0.0) for ratio in ratios]
     budgets += [Budget(bytes_per_token=most) for most in budget_bytes]
     if names and not budgets:
         raise InputError("a method needs a budget; give --ratio or --budget-bytes")
     if not names and not masks:
         raise InputError("there is nothing to evaluate; give --method with --ratio, or --mask")
-    planned = trials({name: method(name, overrides[name]) for name in names}, budgets)
+    if budgets and not names:
+        raise InputError("a mask has its own budget; give --method with --ratio or --budget-bytes, or leave them out")
+    methods = {name: method(name, overrides[name]) for name in names}
+    for name, made in methods.items():
+        if "offline_solver" in overrides[name]:
+            raise InputError("the method's option offline_solver is for bundles; solver is the one for prompts")
+        require_effect(made, overrides[name], budgets)
+    planned = trials(methods, budgets)
     return [*planned, *(mask_trial(str(folder), load_mask(folder)) for folder in masks)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from grace_opt.compression.budget import Budget
     from grace_opt.compression.method import Method
     from grace_opt.engines.outcome import Engine
+    from grace_opt.graphs.calibrate import Calibration
     from grace_opt.service.client import Client
     from grace_opt.solution import Limits
 
@@ -83,6 +84,9 @@ RatioOption = Annotated[float, option("--ratio", help="Fraction of each head's c
 SolverOption = Annotated[
     str | None, option("--solver", help="Solver name; grace-opt solvers lists them; the method's if left out.")
 ]
+SolverOptionsOption = Annotated[
+    list[str] | None, option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")
+]
 SolversOption = Annotated[list[str], option("--solver", help="Solver name; repeatable.")]
 SolversOptions = Annotated[
     list[str] | None, option("--solver-option", help="NAME.OPTION=VALUE, an option of solver NAME; repeatable.")
@@ -112,6 +116,11 @@ class Talk:
         """Print a sentence on stderr, unless the user wants quiet."""
         if not self.quiet:
             say(message)
+
+    def warn(self, sentences: Iterable[str]) -> None:
+        """Print warnings on stderr, a line each, unless the user wants quiet."""
+        for sentence in sentences:
+            self.say(f"warning: {sentence}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +206,6 @@ class MethodOptions:
         return made
 
 
-#: Options of a method that say how a prompt is compressed, where a bundle says it already.
 @dataclasses.dataclass(frozen=True)
 class LimitOptions:
     """When the solve of a head ends."""
@@ -240,6 +248,8 @@ class EngineOptions:
                 raise InputError("--scheduler goes with --engine dask")
             yield None
             return
+        if self.scheduler is not None and self.workers != 1:
+            raise InputError("--workers are started here, and a --scheduler has its own; leave one of them out")
         from grace_opt.engines.dask import Cluster
 
         with Cluster(self.scheduler, self.workers) as cluster:
@@ -267,6 +277,52 @@ class ModelOptions:
         hush_transformers(quiet)
         with unasked(), remarks(f"of {model}", quiet):
             return load_model(model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationOptions:
+    """Which text a model reads, and what is measured while it does."""
+
+    text: Annotated[
+        str | None,
+        option("--text", help="UTF-8 text file, or - for standard input; Python's own documentation if left out."),
+    ] = None
+    tokens: Annotated[int, option("--tokens", help="Tokens of text to run.")] = 4096
+    window: Annotated[
+        int | None, option("--window", help="Tokens of one forward pass; 1024, or fewer where tokens or context are.")
+    ] = None
+    observation_window: Annotated[int, option("--observation-window", help="Last queries of a window that count.")] = 32
+    recent_window: Annotated[int, option("--recent-window", help="Last keys of a window, whole in the cache.")] = 32
+    sinks: Annotated[int, option("--sinks", help="First keys of a window, whole in the cache.")] = 4
+    objective: Annotated[
+        str, option("--objective", help="What graphs of keys measure: logit, centered or attention.")
+    ] = "attention"
+    value_objective: Annotated[
+        str | None,
+        option("--value-objective", help="Also make graphs of values: norm, read or output; none if left out."),
+    ] = None
+    rope_pairs: Annotated[
+        bool, option("--rope-pairs/--no-rope-pairs", help="Tie the two key channels of each RoPE pair, for exports.")
+    ] = False
+    protection_multiple: Annotated[
+        float, option("--protection-multiple", help="Salient: key norm above mean + this many standard deviations.")
+    ] = 1.0
+    protection_at_least: Annotated[
+        float, option("--protection-at-least", help="Protect at least this fraction (a).")
+    ] = 0.05
+    protection_at_most: Annotated[float, option("--protection-at-most", help="Protect at most this fraction (b).")] = (
+        0.20
+    )
+
+    def calibration(self) -> Calibration:
+        """As the library takes them. Raises InputError for what cannot be."""
+        from grace_opt.graphs import Protection
+        from grace_opt.graphs.calibrate import Calibration
+
+        values = vars(self)
+        protection = Protection(*(values[f"protection_{name}"] for name in ("multiple", "at_least", "at_most")))
+        shared = {name: value for name, value in values.items() if name != "text" and "protection" not in name}
+        return Calibration(**shared, protection=protection)
 
 
 @dataclasses.dataclass(frozen=True)

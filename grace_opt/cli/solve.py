@@ -14,7 +14,9 @@ from grace_opt.cli.options import (
     MethodOptions,
     OutputFolder,
     SolverOption,
+    SolverOptionsOption,
     Talk,
+    Where,
     option,
 )
 from grace_opt.cli.output import Format, cell, print_records, say
@@ -22,7 +24,11 @@ from grace_opt.cli.progress import progress
 from grace_opt.cli.provenance import explain, write_run
 from grace_opt.errors import InputError
 
+MOST_WARNINGS = 5
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from grace_opt.compression.budget import Budget
     from grace_opt.compression.method import Method
     from grace_opt.solution import Solution
@@ -52,9 +58,7 @@ def solve(
         option("--readout", help="Estimate dropped channels: prefill (fitted to each prompt), static, or none."),
     ] = None,
     solver: SolverOption = None,
-    solver_option: Annotated[
-        list[str] | None, option("--solver-option", help="NAME=VALUE, an option of the solver; repeatable.")
-    ] = None,
+    solver_option: SolverOptionsOption = None,
     recent_window: Annotated[
         int | None, typer.Option("--recent-window", help="Of the mask; the graphs' own if left out.")
     ] = None,
@@ -72,9 +76,11 @@ def solve(
     from grace_opt.files import check_writable
     from grace_opt.graphs import load_bundle
     from grace_opt.registry import create
+    from grace_opt.solution import ignored_limits
     from grace_opt.solve import solve_many
 
     asked = _budget(ratio, value_ratio, budget_bytes)
+    _require_place(isolate, where)
     given = choice.given(offline_solver=solver, recent_window=recent_window, sinks=sinks)
     method = choice.made(given, [asked])
     _require_readout(readout, method, choice.method)
@@ -84,6 +90,7 @@ def solve(
     if value_ratio and all(head.kind == "key" for head in graphs.heads):
         raise InputError(f"{bundle} has no graphs of values for --value-ratio; calibrate with --value-objective")
     check_writable(output / "kv_mask.json")
+    talk.warn(ignored_limits(chosen, ending.limits()))  # before the work, which may be long for lack of a limit
     finished: list[Solution] = []
 
     def write_records(solutions: list[Solution]) -> list[dict[str, Any]]:
@@ -118,14 +125,30 @@ def solve(
                 heads = f"{len(finished)} of {len(problems)} heads"
                 say(f"{heads} were finished; their records are in {output}, no mask is")
             raise
-    records = write_records(solutions)
     from grace_opt.compression.mask_file import save_mask  # late: it loads torch
 
     windows = {name: getattr(method.windows, name) for name in ("recent_window", "sinks") if name in given}
-    save_mask(mask_from_solutions(graphs, solutions, method, readout_scope=readout or "prefill", **windows), output)
+    mask = mask_from_solutions(graphs, solutions, method, readout_scope=readout or "prefill", **windows)
+    records = write_records(solutions)  # not before there is a mask: what the folder holds belongs together
+    save_mask(mask, output)
     _print(records, talk)
+    _say_warnings(solutions, ignored_limits(chosen, ending.limits()), talk)
     if talk.format is Format.TABLE:
         talk.say(f"mask written to {output}")
+
+
+def _say_warnings(solutions: Sequence[Solution], said: Sequence[str], talk: Talk) -> None:
+    """What solvers warned of, each once, but for what was said before."""
+    heads: dict[str, list[str]] = {}
+    for solution in solutions:
+        for warning in solution.warnings:
+            heads.setdefault(warning, []).append(solution.problem)
+    left = [(warning, names) for warning, names in heads.items() if warning not in said]
+    for warning, (first, *others) in left[:MOST_WARNINGS]:
+        more = f" and {len(others)} more" if others else ""
+        talk.say(f"warning: {first}{more}: {warning}")
+    if len(left) > MOST_WARNINGS:
+        talk.say(f"{len(left) - MOST_WARNINGS} more warnings are in the records")
 
 
 def _print(records: list[dict[str, Any]], talk: Talk) -> None:
@@ -149,6 +172,11 @@ def _budget(ratio: float | None, value_ratio: float | None, budget_bytes: float 
     if value_ratio is not None:
         raise InputError("--value-ratio goes with --ratio; --budget-bytes shares its bytes between keys and values")
     return Budget(bytes_per_token=budget_bytes)
+
+
+def _require_place(isolate: bool, where: EngineOptions) -> None:
+    if isolate and where.engine is Where.DASK:
+        raise InputError("--isolate is for this machine; Dask workers always solve in processes of their own")
 
 
 def _require_readout(scope: str | None, method: Method, name: str) -> None:

@@ -33,7 +33,7 @@ from grace_opt.reading import read_json
 from grace_opt.records import budget_name, now
 from grace_opt.registry import create
 from grace_opt.reports.report import write_report
-from grace_opt.solution import Limits, Solution, Solver
+from grace_opt.solution import Limits, Solution, Solver, ignored_limits
 from grace_opt.solve import checked, options_of, solve_many
 
 Record = dict[str, Any]
@@ -98,6 +98,8 @@ def compare(
     chosen = [create(name, options) for name, options in solvers.items()]
     for solver in chosen:
         solve_many([], solver, limits=limits, workers=workers)  # checks limits and workers
+        for sentence in ignored_limits(solver, limits):
+            remark(sentence)
     graphs = {str(path): load_bundle(path) for path in bundles}
     method = method or METHODS["grace-opt"]
     instances = instances_of(graphs, budgets, method)

@@ -29,7 +29,7 @@ from grace_opt.graphs.protection import salient_channels
 from grace_opt.greedy import forward
 from grace_opt.heads import KINDS, HeadName, Kind
 from grace_opt.problem import FloatArray, IntArray, SubsetProblem, prune_count
-from grace_opt.solution import Solution
+from grace_opt.solution import Solution, Status
 from grace_opt.solve import solve_many
 
 
@@ -154,9 +154,10 @@ def _kept_channels(
 
 
 def kept_of(solution: Solution) -> IntArray:
-    """int64[d]: the channels that a selection keeps. Raises InputError if there is none."""
-    if solution.pruned is None:
-        raise InputError(f"{solution.problem} has no solution ({solution.status}: {'; '.join(solution.warnings)})")
+    """int64[d]: the channels that a selection keeps. Raises InputError if there is none, or none to be trusted."""
+    if solution.pruned is None or solution.status not in (Status.OPTIMAL, Status.FEASIBLE):
+        why = "; ".join([str(solution.status), *solution.warnings])
+        raise InputError(f"{solution.problem} has no solution of {solution.solver} that can be used ({why})")
     return np.setdiff1d(np.arange(solution.n), solution.pruned)
 
 

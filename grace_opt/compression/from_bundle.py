@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from grace_opt.compression import method as methods
 from grace_opt.compression.budget import Budget, allot, bytes_per_channel
 from grace_opt.compression.method import METHODS, Method
 from grace_opt.compression.plugins import CODECS
@@ -28,17 +29,12 @@ OF_PROMPTS = ("objective", "value_objective", "prunable_only", "solver", "tokens
 
 
 def require_effect(method: Method, given: Collection[str], budgets: Sequence[Budget]) -> None:
-    """Raise InputError for an option, of those ``given``, that has no effect on a bundle under these budgets."""
+    """As `grace_opt.compression.method.require_effect`, and for the options that have none on a bundle."""
     for name in OF_PROMPTS:
         if name in given:
             cure = "give --solver" if name == "solver" else "calibrate, evaluate and generate have it"
             raise InputError(f"the method's option {name} is for prompts, and has no effect on a bundle; {cure}")
-    kind = method.sharing.budget
-    for name, needed in {"floor": "shared", "value_weight": "shared", "rounding": "uniform"}.items():
-        if name in given and kind != needed:
-            raise InputError(f"{name} has no effect in a {kind} budget; leave it out, or give --budget {needed}")
-    if "value_weight" in given and all(each.bytes_per_token is None for each in budgets):
-        raise InputError("value_weight has no effect on ratios; leave it out, or give --budget-bytes")
+    methods.require_effect(method, given, budgets)
 
 
 def problems_of(bundle: GraphBundle, method: Method, budget: Budget) -> list[SubsetProblem]:
@@ -90,7 +86,7 @@ def mask_from_solutions(
     ``readout_scope``: ``prefill`` (the method's read-out, fitted to each prompt), ``static`` (fitted now to the
     bundle's moments) or ``none``; a method without a read-out has none. ``recent_window`` and ``sinks`` are those that
     the graphs were made with, if left out. Raises InputError for a layer of which the bundle holds only some KV heads,
-    or a head without a solution.
+    or a head without a solution: none, one of another head's size, or one whose numbers contradict each other.
     """
     from grace_opt.compression.apply import kept_of, recipe_of
     from grace_opt.compression.channels import Channels
@@ -100,6 +96,7 @@ def mask_from_solutions(
     method = method or METHODS["grace-opt"]
     if readout_scope not in READOUT_SCOPES:
         raise InputError(f"the read-out scope must be one of {', '.join(READOUT_SCOPES)}, got {readout_scope!r}")
+    _require_solutions(bundle, solutions)
     recipe = recipe_of(method) if readout_scope != "none" else None
     codecs: dict[int, dict[Kind, dict[int, Codec]]] = {}
     for head, solution in zip(bundle.heads, solutions, strict=True):
@@ -134,6 +131,18 @@ def mask_from_solutions(
         for layer, kinds in codecs.items()
     }
     return _mask_of_plan(bundle, CachePlan(plans), solutions, heads, method)
+
+
+def _require_solutions(bundle: GraphBundle, solutions: Sequence[Solution]) -> None:
+    """Raise InputError unless there is a solution of its size for each head."""
+    if len(solutions) != len(bundle.heads):
+        raise InputError(f"there are {len(solutions)} solutions for the bundle's {len(bundle.heads)} heads; solve each")
+    for head, solution in zip(bundle.heads, solutions, strict=True):
+        if solution.n != len(head.weights):
+            raise InputError(
+                f"the solution of {solution.problem} is of {solution.n} channels, and {head.name} has "
+                f"{len(head.weights)}; give the solutions in the order of the bundle's heads"
+            )
 
 
 def _window_tokens(bundle: GraphBundle) -> int:

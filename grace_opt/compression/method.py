@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
-from grace_opt.compression.budget import Sharing
+from grace_opt.compression.budget import Budget, Sharing
 from grace_opt.compression.plugins import CODECS, POLICIES
 from grace_opt.compression.readout import ReadoutRecipe
 from grace_opt.errors import InputError, did_you_mean
@@ -163,6 +163,39 @@ def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
     return from_options({**METHODS[name].options(), **(overrides or {})}, name)
+
+
+def require_effect(method: Method, given: Collection[str], budgets: Sequence[Budget]) -> None:
+    """Raise InputError for an option, of those ``given``, that has no effect with what else the method is."""
+    kind, fitted = method.sharing.budget, method.readout.readout_fit
+    selects = method.codec == "channels" or CODECS[method.codec].selects  # the table loads torch
+    measured = selects or (kind == "shared" and method.codec != "whole")  # graphs say what is kept, or how much of each
+    other_budget = f"in a {kind} budget; leave it out, or give budget="
+    no_readout = f"with readout_fit={fitted}; leave it out, or give readout_fit=attention"
+    no_tokens = "without a token policy; leave it out, or give tokens=NAME"
+    not_measured = f"with codec={method.codec}, which is not fitted by graphs; leave it out"
+    reads_attention = fitted == "attention" or (measured and method.selection.objective == "attention")
+    effects: dict[str, tuple[bool, str]] = {
+        "floor": (kind == "shared", other_budget + "shared"),
+        "value_weight": (kind == "shared", other_budget + "shared"),
+        "rounding": (kind == "uniform", other_budget + "uniform"),
+        "objective": (measured, not_measured),
+        "value_objective": (measured, not_measured),
+        "prunable_only": (measured, not_measured),
+        "solver": (selects, not_measured),
+        "protection": (measured, not_measured),
+        "spans": (reads_attention, "unless the objective or the read-out is attention; leave it out"),
+        "ridge": (fitted not in ("none", "mean"), no_readout),
+        "mixing": (fitted != "none", no_readout),
+        "value_mixing": (fitted != "none", no_readout),
+        "token_options": (method.tokens is not None, no_tokens),
+        "token_share": (method.tokens is not None, no_tokens),
+    }
+    for name, (effective, otherwise) in effects.items():
+        if name in given and not effective:
+            raise InputError(f"{name} has no effect {otherwise}")
+    if "value_weight" in given and all(each.bytes_per_token is None for each in budgets):
+        raise InputError("value_weight has no effect on ratios; leave it out, or give --budget-bytes")
 
 
 def from_options(options: Mapping[str, Any], name: str = "of the file") -> Method:

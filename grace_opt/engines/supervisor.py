@@ -154,7 +154,8 @@ def _work(solver: Solver, problems: Sequence[SubsetProblem], limits: Limits) -> 
 def _start(parent: int) -> None:
     """A process's first work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # see _start_deaf, also where signals cannot be blocked
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which the parent ends it; Dask's workers are deaf to it
+    # By which the parent ends it; Dask's workers are deaf to it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def watch() -> None:
         while os.getppid() == parent:

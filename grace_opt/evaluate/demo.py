@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,9 @@ from grace_opt.files import write_json
 from grace_opt.graphs import save_bundle
 from grace_opt.graphs.calibrate import Calibration, calibrate
 from grace_opt.models.inputs import input_device, require_rows
-from grace_opt.models.load import load_model
 from grace_opt.models.texts import DEFAULT_TEXT, prose, read_pieces, token_windows
-from grace_opt.registry import create
 from grace_opt.reports.kept_channels import kept_channels
+from grace_opt.solution import Limits, Solver
 from grace_opt.solve import solve_many
 
 if TYPE_CHECKING:
@@ -64,23 +63,27 @@ class DemoResult:
 
 def run(
     model_name: str,
+    load: Callable[[], tuple[Any, Any]],
     folder: Path,
     *,
-    ratio: float = 0.5,
-    solver: str | None = None,
-    context: int = 1024,
-    new_tokens: int = 64,
-    trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ratio: float,
+    solver: Solver,
+    limits: Limits,
+    text: str | None,
+    calibration: Calibration,
+    context: int,
+    new_tokens: int,
+    progress: Callable[[str, int, int], None],
 ) -> DemoResult:
-    """Calibrate ``model_name``, solve at ``ratio``, generate from a long prompt with the full and with pruned caches.
+    """Calibrate a model, solve at ``ratio``, generate from a long prompt with the full and with pruned caches.
 
-    ``think`` and ``grace`` choose their channels from the prompt, as they do; ``grace-opt`` is the calibrated mask that
-    ``grace-opt solve`` makes, by ``solver`` or the method's own. All run on the same kind of cache and decode greedily
-    (``text`` and the times). Then each is fed the full cache's tokens, so that ``kl`` (nats, mean over the new tokens)
-    and ``agree`` (how often it would have chosen the same token) compare like with like. The calibration text is
-    Python's language reference, the prompt is prose of its library's documentation. Leaves graphs.safetensors, mask/,
-    kept-channels.png and demo.json in ``folder``.
+    ``load`` gives the model and its tokenizer. ``think`` and ``grace`` choose their channels from the prompt, as they
+    do; ``grace-opt`` is the calibrated mask that ``grace-opt solve`` makes. All have the calibration's windows, run on
+    the same kind of cache and decode greedily (``text`` of a record, and its times). Then each is fed the full cache's
+    tokens, so that ``kl`` (nats, mean over the new tokens) and ``agree`` (how often it would have chosen the same
+    token) compare like with like. ``text`` as `read_pieces` takes it; the prompt is prose of the documentation of
+    Python's library. Leaves graphs.safetensors, mask/, kept-channels.png and demo.json in ``folder``. Raises
+    InputError for what does not fit the model, and for a head without a solution.
     """
     import torch
 
@@ -89,25 +92,24 @@ def run(
     if new_tokens < 1 or not 0 < ratio < 1:
         raise InputError(f"the demo needs a new token and a ratio between 0 and 1, got {new_tokens} and {ratio}")
     method = METHODS["grace-opt"]
-    chosen = create(solver or method.selection.offline_solver)
     progress(f"load {model_name}", 0, 1)
-    model, tokenizer = load_model(model_name, trust_remote_code=trust_remote_code)
+    model, tokenizer = load()
     check_context(model, context, new_tokens)
     bundle = calibrate(
         model,
         tokenizer,
-        read_pieces(None),
-        Calibration(),
+        read_pieces(text),
+        calibration,
         model_name=model_name,
-        text_name=DEFAULT_TEXT,
+        text_name=text or DEFAULT_TEXT,
         progress=lambda done, total: progress("calibrate, tokens", done, total),
     )
     save_bundle(bundle, folder / "graphs.safetensors")
-    solutions = solve_many(problems_of(bundle, method, Budget(ratio)), chosen)
+    solutions = solve_many(problems_of(bundle, method, Budget(ratio)), solver, limits=limits)
     mask = mask_from_solutions(bundle, solutions, method, readout_scope="prefill")
     save_mask(mask, folder / "mask")
     picture = folder / "kept-channels.png"
-    kept_channels(mask, picture, f"{model_name}: key channels kept at ratio {ratio:g} by {chosen.name}")
+    kept_channels(mask, picture, f"{model_name}: key channels kept at ratio {ratio:g} by {solver.name}")
     ids = next(token_windows(prose(), tokenizer, context, context))
     require_rows(model, ids)
     prompt = torch.tensor([ids], device=input_device(model))
@@ -116,7 +118,7 @@ def run(
         return forced(model, prompt, tokens, used, lambda done: progress(what, done, new_tokens))
 
     reference, reference_tokens = decode(new_tokens, None, "generate, full cache")
-    plans = {"full": None, **_prompt_plans(model, prompt[0].tolist(), ratio), "grace-opt": mask.plan}
+    plans = {"full": None, **_prompt_plans(model, prompt[0].tolist(), ratio, calibration), "grace-opt": mask.plan}
     records = []
     for name, used in plans.items():
         free, judged, tokens = reference, reference, reference_tokens
@@ -128,7 +130,7 @@ def run(
                 "model": model_name,
                 "cache": name,
                 "ratio": 0.0 if used is None else ratio,
-                "solver": chosen.name if used is mask.plan else None,
+                "solver": solver.name if used is mask.plan else None,
                 "kept_channels": mask.head_dim if used is None else mean_width(used),
                 "head_dim": mask.head_dim,
                 "prompt_tokens": prompt.shape[1],
@@ -145,14 +147,18 @@ def run(
     return DemoResult(records, picture)
 
 
-def _prompt_plans(model: PreTrainedModel, ids: list[int], ratio: float) -> dict[str, CachePlan]:
-    """What ThinK and GRACE choose from a prompt."""
+def _prompt_plans(
+    model: PreTrainedModel, ids: list[int], ratio: float, calibration: Calibration
+) -> dict[str, CachePlan]:
+    """What ThinK and GRACE choose from a prompt, with the calibration's windows."""
     from grace_opt.evaluate.capture import capture
 
     methods = {name: METHODS[name] for name in ("think", "grace")}
     captured = capture(model, ids, len(ids), max(each.selection.observation_window for each in methods.values()))
     plans = {}
-    for name, each in methods.items():
+    for name, named in methods.items():
+        windows = replace(named.windows, recent_window=calibration.recent_window, sinks=calibration.sinks)
+        each = replace(named, windows=windows)
         seen = captured.observed(each.selection.observation_window, each.windows, each.selection.spans)
         plans[name] = apply(each, seen, Budget(ratio))
     return plans

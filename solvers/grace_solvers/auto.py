@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from grace_opt.problem import BoolArray, SubsetProblem
-from grace_opt.solution import Capabilities, Limits, RawResult
+from grace_opt.solution import Capabilities, Limits, RawResult, ignored_limits
 from grace_solvers.branch_and_bound import BranchAndBoundSolver
 from grace_solvers.local_search import LocalSearchSolver
 
@@ -33,6 +33,8 @@ class AutoSolver:
         exact=True,
         bounds=True,
         time_limit=True,
+        node_limit=True,
+        iteration_limit=True,
         warm_start=True,
         groups=True,
         largest_n=LARGEST_PROVABLE,
@@ -61,5 +63,6 @@ class AutoSolver:
         elif nodes > _SURELY_PROVABLE and limits.time_limit is None and limits.node_limit is None:
             limits = replace(limits, node_limit=_NODES)
             reason = f"{reason}, so within {_NODES} nodes of the tree"
+        ignored = ignored_limits(solver, limits)
         raw = solver.solve(problem, limits, warm_start, rng)
-        return replace(raw, raw_status=f"chose {solver.name}: {reason}")
+        return replace(raw, warnings=(*raw.warnings, *ignored), raw_status=f"chose {solver.name}: {reason}")

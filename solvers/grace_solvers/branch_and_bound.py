@@ -41,6 +41,7 @@ class BranchAndBoundSolver:
         exact=True,
         bounds=True,
         time_limit=True,
+        node_limit=True,
         warm_start=True,
         groups=True,
         largest_n=256,

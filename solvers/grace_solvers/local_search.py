@@ -36,7 +36,7 @@ class LocalSearchSolver:
 
     name: ClassVar[str] = "local-search"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        time_limit=True, warm_start=True, groups=True, batched=True, requires=("numba", "scipy")
+        time_limit=True, iteration_limit=True, warm_start=True, groups=True, batched=True, requires=("numba", "scipy")
     )
 
     def supports(self, problem: SubsetProblem) -> bool | str:

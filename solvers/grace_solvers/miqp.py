@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from grace_opt.problem import BoolArray, FloatArray, SubsetProblem
-from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing
-from grace_solvers.parts.convex import convex_bound, convexified, knapsack
+from grace_opt.solution import BoundKind, Capabilities, Limit, Limits, RawResult, Timing, relative_gap
+from grace_solvers.parts.convex import EPSILON, convex_bound, convexified, knapsack
 from grace_solvers.parts.dual import Root, root
 from grace_solvers.parts.exchange import iterated_tabu, nearest
 from grace_solvers.parts.incumbent import opening
@@ -61,6 +61,7 @@ class MIQPSolver:
         exact=False,  # finds the optimum, but SCIP's claim is no proof
         bounds=True,
         time_limit=True,
+        node_limit=True,
         warm_start=True,
         groups=True,
         largest_n=128,
@@ -119,6 +120,12 @@ class MIQPSolver:
                 kind = BoundKind.NUMERICAL
                 raw_status += f"; the root's proven bound is {core.scale * proven!r}"
         points.append((time.monotonic() - known.began, value, lower_bound))
+        if answer.limit is Limit.NONE and not warnings and value - lower_bound > known.tolerance:
+            gap = relative_gap(value, lower_bound)
+            warnings = (
+                f"{backend} reached no limit and leaves a gap of {gap:.1e}, the least that it can tell on weights of "
+                "such different sizes; branch-and-bound can tell less",
+            )
         return RawResult(
             incumbent,
             core.scale * lower_bound,
@@ -165,7 +172,7 @@ def _gscip(
     gradient = linear + 2 * Q @ z
     reduced = gradient - knapsack(gradient, core.sizes, float(core.count))[1] * core.sizes
     unit = max(value - lower, tolerance, 1e-12 * float(np.abs(core.weights).sum())) or 1.0
-    forms = _linear_forms(Q, core.sizes) / np.sqrt(unit)
+    forms = _linear_forms(Q / unit, core.sizes)
     radius = 1.001  # of w, in this unit; the rest is for SCIP's tolerances
 
     model = mathopt.Model()
@@ -284,11 +291,15 @@ def _cp_sat(
 
 
 def _linear_forms(Q: FloatArray, sizes: FloatArray) -> FloatArray:
-    """L', float64[rank, k]: |L'd|^2 = d'Qd for every d orthogonal to ``sizes``. O(k^3)."""
+    """L', float64[rank, k]: |L'd|^2 = d'Qd for every d orthogonal to ``sizes``. O(k^3).
+
+    Q is in units of what is left to find: a form counts by what it adds there, however small it is beside others. What
+    is left out is below rounding, or adds less than 1e-9.
+    """
     normal = sizes / np.linalg.norm(sizes)
     part = Q - np.outer(normal, normal @ Q)
     values, vectors = np.linalg.eigh(part - np.outer(part @ normal, normal))
-    kept = values > 1e-9 * values[-1]
+    kept = values > max(1e-9 / len(values), len(values) * EPSILON * values[-1])
     forms: FloatArray = (vectors[:, kept] * np.sqrt(values[kept])).T
     return forms
 

@@ -52,6 +52,7 @@ class SDPSolver:
     capabilities: ClassVar[Capabilities] = Capabilities(
         bounds=True,
         time_limit=True,
+        iteration_limit=True,
         warm_start=True,
         groups=True,
         largest_n=128,

@@ -43,7 +43,13 @@ class SpectralSolver:
 
     name: ClassVar[str] = "spectral"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        bounds=True, time_limit=True, warm_start=True, groups=True, largest_n=512, requires=("numba", "scipy")
+        bounds=True,
+        time_limit=True,
+        iteration_limit=True,
+        warm_start=True,
+        groups=True,
+        largest_n=512,
+        requires=("numba", "scipy"),
     )
 
     def supports(self, problem: SubsetProblem) -> bool | str:

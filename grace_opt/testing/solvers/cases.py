@@ -148,6 +148,7 @@ def _cases() -> tuple[Case, ...]:
         _case("mixed-scales", _with_loud_rows(gram[2], 1e2), 6, "plain generic"),
         _case("mixed-scales-loud-rows-pruned", _with_loud_rows(gram[2], 1e2), 10, "plain"),
         _case("badly-mixed-scales", _with_loud_rows(gram[3], 1e4), 7, "plain"),
+        _case("ten-decades", _spread(gram[3], 10), 7, "plain decades"),
         _case("separated", near_diagonal, 2, "plain generic separated"),
         _case("separated-protected", near_diagonal, 2, "plain generic separated", np.diagonal(near_diagonal) < 2.5),
         _case("separated-pairs", near_diagonal, 4, "pairs groups separated", groups=np.arange(8) % 4),
@@ -188,4 +189,10 @@ def _with_loud_rows(weights: FloatArray, factor: float) -> FloatArray:
     """Three channels made ``factor`` times louder, as a few channels of real keys are: W_ii grows by its square."""
     scale = np.ones(len(weights))
     scale[[1, 4, 5]] = factor
+    return scale[:, None] * weights * scale
+
+
+def _spread(weights: FloatArray, decades: float) -> FloatArray:
+    """Channels made louder, each by as much as the one before, until the diagonal spans so many decades."""
+    scale = 10.0 ** np.linspace(-decades / 4, decades / 4, len(weights))
     return scale[:, None] * weights * scale
