@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -92,9 +90,6 @@ def run(arguments: Sequence[str]) -> int:
         # Other libraries' remarks are not for our users; errors reach them as exceptions.
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # What the terminal's encoding lacks is shown as an escape, as Python itself does on stderr.
-        sys.stdout.reconfigure(errors="backslashreplace")
     line = [argument for argument in arguments if argument != "--debug"]  # it may stand anywhere
     try:
         code = app(line or ["--help"], prog_name="grace-opt", standalone_mode=False)
