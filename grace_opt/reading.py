@@ -29,7 +29,7 @@ def opened(path: str | Path, what: str = "file", *, stream: bool = False) -> Ite
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"cannot read {path}: no such {what}") from None
+        raise InputError(f"cannot read {path}: no such {what}; check its name") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         raise _unreadable(path, error, what) from error
     try:
