@@ -23,8 +23,8 @@ INTRODUCTION = """\
 <!-- Written by docs/generate_cli.py; change the help texts in grace_opt/cli/ instead. -->
 
 `grace-opt COMMAND --help` prints the same. Data goes to standard output, everything else to standard error. Exit codes:
-0, 2 for bad input (one sentence on standard error), 1 for anything unexpected, 130 when interrupted, by
-Ctrl-C or SIGTERM; but `serve` and `worker`, once they are up, end in order and with 0.
+0, 2 for bad input (one sentence on standard error), 1 for anything unexpected, 130 when interrupted and
+143 by SIGTERM; but `serve` and `worker`, once they are up, end in order and with 0.
 
 An option's value is the first that is given: flag, environment variable, key of the config file, default. `-v` prints
 where each value came from. The variable of a repeatable option (`GRACE_OPT_SOLVER_OPTION`) holds values separated by
