@@ -263,7 +263,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(whole_heads: Path, tmp_path: 
         "at least 0 and below 1, got -0.1": (whole_heads, "--ratio", -0.1),
         "did you mean 'greedy'": (whole_heads, "--ratio", 0.5, "--solver", "greddy"),
         "time_limit must be a finite number": (whole_heads, "--ratio", 0.5, "--time-limit", -1),
-        "valid number": (whole_heads, "--ratio", "half"),
+        "'half' is not a valid ": (whole_heads, "--ratio", "half"),
         "No such option: --ratoi": (whole_heads, "--ratoi", 0.5),
     }
     for message, arguments in cases.items():
