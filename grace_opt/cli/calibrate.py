@@ -30,6 +30,7 @@ def calibrate(
     from grace_opt.models.texts import DEFAULT_TEXT, read_pieces
 
     options = reading.calibration()
+    options.window_for(None)
     check_writable(output)
     loaded, tokenizer = loading.load(model, talk.quiet)
     with progress(talk.quiet) as show:

@@ -64,7 +64,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         *("data", "storage", "host", "port", "require_keys", "upload_limit", "queue_limit", "requests_per_second"),
         *("public_url", "allowed_host", "root_path", "trusted_proxy", "url", "key"),
     ),
-    "generation": ("prompt", "max_new_tokens", "num_beams"),
+    "generation": ("generated", "prompt", "max_new_tokens", "num_beams"),
 }
 
 

@@ -79,9 +79,10 @@ def evaluate(
 ) -> None:
     """Measure what methods cost in quality: KL and NLL against the uncompressed cache, needles, bytes."""
     sources = explain(ctx, talk.verbose)
-    from grace_opt.evaluate.documents import load_dataset_documents, read_documents
+    from grace_opt.evaluate.documents import check_counts, load_dataset_documents, read_documents
     from grace_opt.evaluate.run import evaluate as run
     from grace_opt.evaluate.run import prompts
+    from grace_opt.evaluate.tasks.needle import check_needles
     from grace_opt.files import check_writable
     from grace_opt.reports.tables import quality_row
     from grace_opt.versions import versions_of
@@ -89,15 +90,16 @@ def evaluate(
     if needle_depth and not needle_length:
         raise InputError("--needle-depth says where needles are; give --needle-length too")
     planned = _planned(method or [], method_option or [], ratio or [], value_ratio, budget_bytes or [], mask or [])
+    lengths, depths = needle_length or [], needle_depth or [0.1, 0.5, 0.9]
+    check_counts(prefix, scored, documents)
+    check_needles(lengths, depths)
     if output is not None:
         check_writable(output / "records.jsonl")
     name, _, split = (dataset or "").partition(":")
     local = None if text is None else Path(text)
     texts = read_documents(text) if dataset is None else load_dataset_documents(name, split, local)
     loaded, tokenizer = loading.load(model, talk.quiet)
-    chosen, needles = prompts(
-        loaded, tokenizer, texts, prefix, scored, documents, needle_length or [], needle_depth or [0.1, 0.5, 0.9], seed
-    )
+    chosen, needles = prompts(loaded, tokenizer, texts, prefix, scored, documents, lengths, depths, seed)
     with progress(talk.quiet) as show:
         show("evaluate, caches scored")
         records = run(

@@ -59,6 +59,8 @@ class LowRank(Codec):
             raise InputError(f"unknown basis {basis!r}{did_you_mean(basis, BASES)}")
         tokens = (seen.keys if kind == "key" else seen.values)[:, seen.prunable]
         about = moments(tokens, None, 0.0)
+        if not all(np.isfinite(each.covariance).all() for each in about):
+            raise InputError(f"{kind}s to find a basis for are not finite; look at the model's weights and its dtype")
         metrics = [_metric(seen, kind, head) if basis == "kq-svd" else None for head in range(len(tokens))]
         return [
             cls.of_moments(each, width, metric).mapped(lambda tensor: tensor.to(tokens.device))

@@ -15,6 +15,7 @@ from grace_opt.graphs.protection import Protection
 from grace_opt.heads import Kind
 
 BITS = (2, 3, 4, 8)
+CROP = 32  # tokens that can be taken back, at most
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Windows:
                 raise InputError(f"{name} must be from 0 to {2**31 - 1}, got {getattr(self, name)}")
         if self.generated not in ("keep", "prune"):
             raise InputError(f"generated must be keep or prune, got {self.generated!r}")
+
+    @property
+    def spare(self) -> int:
+        """How many tokens behind the recent window hold what makes them whole, so that as many can be taken back."""
+        return min(self.recent_window, CROP)
 
 
 @dataclass(frozen=True)

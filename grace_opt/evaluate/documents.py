@@ -106,6 +106,14 @@ def load_dataset_documents(name: str, split: str, local: Path | None = None) -> 
     return documents
 
 
+def check_counts(prefix: int | None, scored: int, documents: int | None) -> None:
+    """Raise InputError for numbers that no text could give; None: not said."""
+    given = {"prefix": prefix, "scored tokens": scored, "documents": documents}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+
+
 def passages(
     documents: Iterable[Document], tokenizer: Any, prefix: int, scored: int, most: int | None = None
 ) -> Passages:
@@ -115,8 +123,7 @@ def passages(
     not overlap, until ``most`` or its end. Documents after the last one needed are not looked at. Raises InputError if
     no document is long enough, which also says how long the longest is.
     """
-    if prefix < 1 or scored < 1 or (most is not None and most < 1):
-        raise InputError(f"prefix, scored tokens and documents must be at least 1, got {prefix}, {scored} and {most}")
+    check_counts(prefix, scored, most)
     length = prefix + scored
     ids: list[list[int]] = []
     names: list[str] = []

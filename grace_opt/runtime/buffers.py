@@ -1,16 +1,15 @@
-"""Where a cache layer holds rows: growing, preallocated or packed; and the residuals of the last tokens."""
+"""Where a cache layer holds rows, growing or preallocated, and the residuals of the last tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from grace_opt.compression.codec import Codec
-
-_BLOCKS = 64  # packed blocks that are unpacked at a time
+if TYPE_CHECKING:
+    from grace_opt.runtime.packed import Places
 
 
 class Buffer(Protocol):
@@ -27,11 +26,14 @@ class Buffer(Protocol):
     def append(self, rows: Tensor, at: int | Tensor) -> None:
         """Store rows [B, H, m, width], the first of them at slot ``at``."""
 
-    def start(self, first: int) -> None:
-        """From slot ``first`` on tokens may be packed: the first ones have come, and it is known which are sinks."""
+    def pack(self, firsts: Sequence[int]) -> None:
+        """Pack what is old enough, ``firsts`` being the slot of each row's first token."""
 
     def parts(self) -> Iterator[Tensor]:
-        """All rows in order, [B, H, _, width] at a time, in the dtype that they came in."""
+        """All rows in order of their columns, [B, H, _, width] at a time, in the dtype that they came in."""
+
+    def places(self) -> Places | None:
+        """In which column the token of a slot lies; None: in that of the same number."""
 
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens``."""
@@ -48,6 +50,9 @@ class Buffer(Protocol):
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor that is held."""
 
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The same, where the rows of the batch become others."""
+
 
 class Growing:
     """A buffer that grows by 1/128 of its length: at most 0.8 % of it is waste, and an appended token copies about 128
@@ -61,10 +66,15 @@ class Growing:
         self.length = 0
 
     def append(self, rows: Tensor, at: int | Tensor) -> None:
-        self.buffer = _append(self.buffer, int(at), rows)
+        self.buffer = _written(self.buffer, int(at), rows, int(at))
         self.length = int(at) + rows.shape[2]
 
-    def start(self, first: int) -> None:
+    def put(self, new: Tensor, at: int, rows: slice | Tensor) -> None:
+        """Store ``new`` [b, H, m, ..] from slot ``at`` on in b rows of the batch; what was never stored is zero."""
+        self.buffer = _written(self.buffer, self.length, new, at, rows)
+        self.length = max(self.length, at + new.shape[2])
+
+    def pack(self, firsts: Sequence[int]) -> None:
         pass
 
     @property
@@ -73,6 +83,9 @@ class Growing:
 
     def parts(self) -> Iterator[Tensor]:
         yield self.tokens
+
+    def places(self) -> None:
+        return None
 
     def crop(self, tokens: int) -> None:
         self.length = tokens
@@ -90,6 +103,8 @@ class Growing:
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.buffer = change(self.buffer)
 
+    each_row = each
+
 
 class Preallocated:
     """A buffer of fixed size, written in place; slots past the last token hold zeros or what was cropped."""
@@ -104,11 +119,14 @@ class Preallocated:
         positions = at + torch.arange(rows.shape[2], device=rows.device)
         self.tokens.index_copy_(2, positions, rows)
 
-    def start(self, first: int) -> None:
+    def pack(self, firsts: Sequence[int]) -> None:
         pass
 
     def parts(self) -> Iterator[Tensor]:
         yield self.tokens
+
+    def places(self) -> None:
+        return None
 
     def crop(self, tokens: int) -> None:
         pass  # attention masks what lies past the length
@@ -125,90 +143,7 @@ class Preallocated:
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.tokens = change(self.tokens)
 
-
-class Packed:
-    """Old tokens as a codec packs them, in its blocks; the first and the last tokens as they came.
-
-    First the ``first`` (padding and sinks), then the blocks, then the ``last``. A block is packed once ``keep`` tokens
-    have come after it; with ``once``, only when packing starts.
-    """
-
-    def __init__(self, like: Tensor, codec: Codec, keep: int, once: bool) -> None:
-        self.codec, self.keep, self.once = codec, keep, once
-        self.first = self.last = like.new_empty(*like.shape[:2], 0, like.shape[3])
-        self.blocks: list[Growing] = []  # what the codec packs a block into, [B, H, blocks, ..]
-        self.started = False
-
-    def append(self, rows: Tensor, at: int | Tensor) -> None:
-        self.last = torch.cat([self.last, rows], dim=2)
-        if self.started and not self.once:
-            self.pack()
-
-    def start(self, first: int) -> None:
-        if not self.started:
-            self.started = True
-            self.first, self.last = self.last[:, :, :first].clone(), self.last[:, :, first:]
-            self.pack()
-
-    def pack(self) -> None:
-        """Pack what is old enough."""
-        block = self.codec.block
-        count = (self.last.shape[2] - self.keep) // block
-        if count < 1:
-            return
-        old = self.last[:, :, : count * block].reshape(*self.last.shape[:2], count, block, -1)
-        new = self.codec.pack(old)
-        self.blocks = self.blocks or [Growing(each) for each in new]
-        for growing, each in zip(self.blocks, new, strict=True):
-            growing.append(each, growing.length)
-        self.last = self.last[:, :, count * block :].clone()
-
-    @property
-    def packed_tokens(self) -> int:
-        """How many are packed."""
-        return self.codec.block * self.blocks[0].length if self.blocks else 0
-
-    @property
-    def fixed(self) -> int:
-        return self.first.shape[2] + self.packed_tokens if self.blocks else 0
-
-    def held(self, part: slice = slice(None)) -> list[Tensor]:
-        """What some of the blocks were packed into, [B, H, blocks, ..] each."""
-        return [each.tokens[:, :, part] for each in self.blocks]
-
-    @property
-    def tokens(self) -> Tensor:
-        return torch.cat([self.first, self.last], dim=2) if self.first.shape[2] else self.last
-
-    def parts(self) -> Iterator[Tensor]:
-        yield self.first
-        for low in range(0, self.packed_tokens // self.codec.block, _BLOCKS):
-            yield self.codec.unpack(self.held(slice(low, low + _BLOCKS)), self.last.dtype).flatten(2, 3)
-        yield self.last
-
-    def crop(self, tokens: int) -> None:
-        held = tokens - self.packed_tokens - self.first.shape[2]
-        if held < 0:  # only while nothing is packed: start again
-            self.last, self.first, self.started = self.first[:, :, :tokens], self.last[:, :, :0], False
-        else:
-            self.last = self.last[:, :, :held]
-
-    def take(self, slots: Tensor) -> None:
-        raise NotImplementedError("packed blocks drop no tokens")
-
-    def unbroken(self) -> int | None:
-        if self.once or not self.started:
-            return None
-        block, after = self.codec.block, self.last.shape[2] + 1 - self.keep  # of the next token
-        return block - after % block if after >= 0 else block - after
-
-    def tensors(self) -> list[Tensor]:
-        return [self.first, self.last, *(each.buffer for each in self.blocks)]
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.first, self.last = change(self.first), change(self.last)
-        for block in self.blocks:
-            block.each(change)
+    each_row = each
 
 
 class Window(Protocol):
@@ -339,15 +274,19 @@ def fix(*tensors: Tensor) -> None:
             torch._dynamo.mark_static_address(tensor)
 
 
-def _append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
-    """``buffer`` [B, H, capacity, ..] with ``new`` [B, H, n, ..] written from ``length`` on, grown if it must."""
-    end = length + new.shape[2]
+def _written(buffer: Tensor, length: int, new: Tensor, at: int, rows: slice | Tensor | None = None) -> Tensor:
+    """``buffer`` [B, H, capacity, ..], ``length`` of it in use, with ``new`` [B, H, n, ..] written from ``at`` on.
+
+    It grows if it must. With ``rows`` only these are written, and what was never written is zero.
+    """
+    end = max(length, at + new.shape[2])
     # Autograd and inference mode forbid writing into what they have seen: then every update copies.
     frozen = torch.is_grad_enabled() or (buffer.is_inference() and not torch.is_inference_mode_enabled())
     if end > buffer.shape[2] or (frozen and length):
         capacity = end if length == 0 else end + end // 128
-        grown = buffer.new_empty(*buffer.shape[:2], capacity, *buffer.shape[3:])
+        fresh = buffer.new_empty if rows is None else buffer.new_zeros
+        grown = fresh(*buffer.shape[:2], capacity, *buffer.shape[3:])
         grown[:, :, :length] = buffer[:, :, :length]
         buffer = grown
-    buffer[:, :, length:end] = new
+    buffer[slice(None) if rows is None else rows, :, at : at + new.shape[2]] = new
     return buffer

@@ -18,6 +18,7 @@ from grace_opt.compression.mask import KVMask
 from grace_opt.compression.mask_file import load_mask
 from grace_opt.compression.method import Method
 from grace_opt.compression.method import method as named
+from grace_opt.compression.pays import pays_from
 from grace_opt.compression.plan import CachePlan, LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.heads import KINDS
@@ -79,6 +80,18 @@ class PrunedCache(Cache):
         """Bytes of every tensor held for tokens."""
         return cache_nbytes(self)
 
+    @property
+    def pays_from(self) -> int | None:
+        """How many tokens a prompt must have for this cache to take fewer bytes than a full one.
+
+        None if that never is so, if it cannot be told (`grace_opt.compression.pays`), or before the first tokens.
+        """
+        layers = {each.index: each for each in self.layers if isinstance(each, PrunedLayer | RaggedLayer)}
+        if not layers or not all(each.is_initialized for each in layers.values()):
+            return None
+        itemsize = next(iter(layers.values())).dtype.itemsize
+        return pays_from(self.plan.layers, {i: each.shapes for i, each in layers.items()}, itemsize)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -``tokens_to_remove`` tokens, in all layers or in none.
 
@@ -118,6 +131,8 @@ def cache(
             that drops tokens one by one as others come.
     """
     given = load_mask(mask) if isinstance(mask, str | Path) else mask
+    if not isinstance(given, KVMask | CachePlan):
+        raise InputError(f"a cache is made of a mask's folder, a KVMask or a CachePlan, not of {type(given).__name__}")
     require_attention_interface(model)
     if isinstance(given, KVMask):
         given.check_model(model.config, str(model.config.name_or_path))

@@ -35,17 +35,17 @@ def generate(
 ) -> dict[str, Any]:
     """Continue a prompt greedily (or with beams) on an empty cache, transformers' own if None, and say what it cost.
 
-    Returns a record with ``text`` (the continuation), ``new_tokens``, ``unused_settings`` (names of generation settings
-    that the model comes with and that have no effect on this way to decode), ``seconds`` (prefill included), ``tokens``
-    (that the cache holds), ``cache_bytes`` (counted on its tensors) and ``full_cache_bytes`` (of a plain cache of as
-    many tokens in the same dtype). Raises InputError for an empty prompt or one that does not fit the context.
+    Returns a record with ``text`` (the continuation), ``prompt_tokens``, ``new_tokens``, ``unused_settings`` (names of
+    generation settings that the model comes with and that have no effect on this way to decode), ``seconds`` (prefill
+    included), ``tokens`` (that the cache holds), ``cache_bytes`` (counted on its tensors), ``full_cache_bytes`` (of a
+    plain cache of as many tokens in the same dtype) and ``pays_from`` (as of `PrunedCache`). Raises InputError for an
+    empty prompt or one that does not fit the context.
     """
     import torch
 
-    from grace_opt.runtime import cache_nbytes, full_cache_nbytes
+    from grace_opt.runtime import PrunedCache, cache_nbytes, full_cache_nbytes
 
-    if max_new_tokens < 1 or num_beams < 1:
-        raise InputError(f"max_new_tokens and num_beams must be at least 1, got {max_new_tokens} and {num_beams}")
+    check_lengths(max_new_tokens, num_beams)
     inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -78,6 +78,7 @@ def generate(
         "tokens": past.get_seq_length(),
         "cache_bytes": cache_nbytes(past),
         "full_cache_bytes": full_cache_nbytes(past),
+        "pays_from": past.pays_from if isinstance(past, PrunedCache) else None,
     }
 
 
@@ -109,6 +110,12 @@ def _unused_settings(model: PreTrainedModel, num_beams: int) -> tuple[list[str],
     said = unused + [name for name in given if name == "do_sample"]
     plain = GenerationConfig()  # type: ignore[no-untyped-call]
     return sorted(said), {name: neutral.get(name, getattr(plain, name)) for name in unused if hasattr(plain, name)}
+
+
+def check_lengths(max_new_tokens: int, num_beams: int) -> None:
+    """Raise InputError for numbers that no model could generate by."""
+    if max_new_tokens < 1 or num_beams < 1:
+        raise InputError(f"max_new_tokens and num_beams must be at least 1, got {max_new_tokens} and {num_beams}")
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,20 @@ from transformers.cache_utils import CacheLayerMixin
 
 from grace_opt.compression.apply import for_prompt
 from grace_opt.compression.codec import Codec, Whole
+from grace_opt.compression.method import CROP
+from grace_opt.compression.pays import Shapes
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.heads import KINDS, Kind
-from grace_opt.runtime.buffers import Buffer, Growing, Kept, Packed, Sliding, Window, taken
+from grace_opt.runtime.buffers import Buffer, Growing, Kept, Sliding, Window, taken
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.kernels.choose import usable
 from grace_opt.runtime.kernels.contract import Kernel
+from grace_opt.runtime.packed import Packed
 from grace_opt.runtime.prompt import Rows, Staying, observed, staying
 from grace_opt.runtime.side import Side
 from grace_opt.runtime.slots import Slots, first_seen, refuse_right_padding
-
-_CROP = 32  # tokens that can be taken back, at most
 
 
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -47,15 +48,16 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     dtype: torch.dtype
     device: torch.device
     first: Tensor  #: int64[B], the slot of each row's first real token
+    shapes: Shapes
     key_side: Side
     value_side: Side
 
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.plan, self.index = plan, plan.index
-        self.sink_count, self.recent_window = plan.windows.sinks, plan.windows.recent_window
+        self.sinks, self.recent_window = plan.windows.sinks, plan.windows.recent_window
         self.keeps = plan.windows.generated == "keep"
-        self.spare = min(self.recent_window, _CROP)
+        self.spare = plan.windows.spare
         self.offloading = False
         self.stepwise = False  #: whether tokens of one update see each other as if they came one by one
         self.reset()
@@ -63,21 +65,29 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forget all tokens."""
         self.is_initialized = False
+        for name in ("key_side", "value_side"):
+            vars(self).pop(name, None)
         self.length: int = 0  #: slots in use
         self.prompt_length = 0  #: slots of the prompt
         self.slots: Slots | None = None  #: where tokens lie, if some were dropped
+        self.sink_count = 0  #: for how many sinks of a row there is room, no more than have come
         self.sinks_start: int | None = None  #: slot of the first sink, if it is the same in all rows
         self.sinks_end = 0  #: one past the last sink of any row
+        self.firsts: list[int] = []  # what ``first`` holds
+        self._sought = 0  # up to which length rows may lack their first real token, or sinks
         self.kernels: list[Kernel] = []  #: those that read it, the best first; known once the prompt is stored
+        self._whole = False  # whether all tokens are held as they come, since none is old yet
         self._prompt: tuple[Tensor, Tensor] | None = None  # of the first update, until `begin`
         self._unattended = False  # whether tokens came that `attention` has not seen
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and shapes from the first states. Raises InputError if the plan does not fit them."""
+        if not key_states.shape[0] or not key_states.shape[2]:
+            raise InputError("a cache was given no tokens; give at least one row and one token")
         self.plan.check(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch = key_states.shape[0]
-        self._elements = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
+        self.shapes = shapes_of(key_states, value_states)
         self.first = torch.zeros(self.batch, dtype=torch.long, device=self.device)
         self.is_initialized = True
 
@@ -118,6 +128,10 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             whole = self.plan.choice is None and "value" not in self.plan.kinds and self.plan.tokens is None
             return self._given(handle, value_states if whole else None)
         states = (key_states, value_states)
+        if self._whole and not self.keeps and self._has_old():
+            self._whole = False
+            held = [next(side.buffer.parts()) for side in self.sides]
+            self._store((held[0], held[1]), [])
         residuals = [side.append(each, before) for side, each in zip(self.sides, states, strict=True)]
         self._slide(new)
         spans = [side.window.push(each, self.length) for side, each in zip(self.sides, residuals, strict=True)]
@@ -191,19 +205,35 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.waits:  # some models compute the attention of a layer in two parts
             return
         first, rows = self.first_of(mask), []
-        if self.plan.watches:
+        self._whole = self._starts_whole()
+        if self.plan.watches and not self._whole:
             rows = observed(self.plan, *self.prompt, query, scaling, first, output)
         stay = stay or staying(self.plan, rows, self.prompt[0].shape[2])
         states, self._prompt = self.prompt, None
         if stay is not None:
             states = self._drop(states, stay)
-        tokens = self.prompt_length = states[0].shape[2]
+        self.prompt_length = states[0].shape[2]
+        self._store(states, rows)
+
+    def _store(self, states: tuple[Tensor, Tensor], rows: Rows) -> None:
+        """All tokens so far."""
         self.key_side, self.value_side = (
             self._side(kind, each, self._codec(kind, each, rows)) for kind, each in zip(KINDS, states, strict=True)
         )
-        self._put_whole(states, 0, tokens)
-        self._start_packing()
+        self._put_whole(states, 0, states[0].shape[2])
+        self._pack()
         self.kernels = usable(self)
+
+    def _starts_whole(self) -> bool:
+        """Whether nothing is old yet, and nothing is chosen from the prompt that would be needed later.
+
+        Then compression could save nothing, and what it needs itself would cost.
+        """
+        later = self.keeps or (self.plan.choice is None and not self.is_static)
+        return later and self.plan.tokens is None and not self._has_old()
+
+    def _has_old(self) -> bool:
+        return self.length - min(self.firsts, default=0) > self.sinks + self.recent_window
 
     def _drop(self, states: tuple[Tensor, Tensor], stay: Staying) -> tuple[Tensor, Tensor]:
         """The states of the tokens that stay."""
@@ -212,13 +242,13 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.slots = Slots(stay, tokens, bool(self.plan.kinds))
         self.first = self.slots.first
         if self.plan.tokens.policy.slides and not self.keeps:
-            self.slots.reach = (self.length - self.first - self.sink_count).clamp(min=self.recent_window)
+            self.slots.reach = (self.length - self.first - self.sinks).clamp(min=self.recent_window)
         self._place_sinks()
         return taken(states[0], stay.slots.clamp(min=0)), taken(states[1], stay.slots.clamp(min=0))
 
     def _codec(self, kind: Kind, states: Tensor, rows: Rows) -> Codec:
         """Of all heads, [1 or B, H, ..]."""
-        if kind not in self.plan.kinds:
+        if self._whole or kind not in self.plan.kinds:
             return Whole(states.shape[3])
         return for_prompt(self.plan, rows, kind, states)
 
@@ -234,7 +264,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return Side(codec, buffer, window, states.new_zeros(*states.shape[:2], count, codec.residual_width))
 
     def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
-        return Packed(like, codec, self.recent_window + self.spare, self.keeps) if codec.block else Growing(like)
+        return Packed(like, codec, self.sinks, self.recent_window + self.spare) if codec.block else Growing(like)
 
     def _window(self, residuals: Tensor, states: Tensor) -> Window:
         return (Kept if self.keeps else Sliding)(residuals, self.recent_window, self.spare)
@@ -246,11 +276,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         before = self.length - handle.new
         if handle.new > 1:
             refuse_right_padding(mask, self.length)
-        if self.sinks_end <= before:
-            return
-        self._find_first(mask, self.length)
-        self._put_residuals(handle.residuals, before, handle.new)
-        self._start_packing()
+        if before < self._sought:
+            self._find_first(mask, self.length)
+            self._put_residuals(handle.residuals, before, handle.new)
+        if not self.keeps:
+            self._pack()
 
     def done(self) -> None:
         """The attention of the tokens that came last was computed."""
@@ -282,12 +312,15 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """How many tokens may come in one update as if they came one by one, with ``stepwise``; None: any number."""
         if self.slots is not None and self.slots.reach is not None:
             return 1
-        steps = [each for each in (side.buffer.unbroken() for side in self.sides) if each is not None]
-        return min(steps, default=None)
+        if self.keeps:
+            return None
+        if self._whole:  # until the first is old
+            return max(1, min(self.firsts, default=0) + self.sinks + self.recent_window - self.length)
+        return min((each for side in self.sides if (each := side.buffer.unbroken()) is not None), default=None)
 
     def _slide(self, new: int) -> None:
         """Drop what is out of a sliding policy's reach for all of the new tokens."""
-        left = None if self.slots is None else self.slots.slide(self.first, self.sink_count, new)
+        left = None if self.slots is None else self.slots.slide(self.first, self.sinks, new)
         if self.slots is None or left is None:
             return
         for side in self.sides:
@@ -305,9 +338,15 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._place_sinks(mask is None and self.slots is None)
 
     def _place_sinks(self, at_zero: bool = False) -> None:
-        earliest, latest = (0, 0) if at_zero else (int(self.first.min()), int(self.first.max()))
+        self.firsts = [0] * self.batch if at_zero else self.first.tolist()
+        earliest, latest = min(self.firsts, default=0), max(self.firsts, default=0)
         self.sinks_start = earliest if earliest == latest else None
-        self.sinks_end = latest + self.sink_count
+        self.sinks_end, self._sought = latest + self.sinks, latest + max(self.sinks, 1)
+        room = max(self.sink_count, min(self.sinks, self.length - earliest))
+        if room > self.sink_count and hasattr(self, "key_side"):
+            for side in self.sides:
+                side.make_room(self.sink_count, room)
+        self.sink_count = room
 
     def sink_columns(self) -> Tensor:
         """int64[B, sinks]: the slot of each row's sinks."""
@@ -338,11 +377,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         arrived = ((slot >= 0) & (slot < new))[:, None, :, None]
         side.whole = torch.where(arrived, residuals, side.whole)
 
-    def _start_packing(self) -> None:
-        """Pack old tokens once the sinks have come; these stay as they are."""
-        if self.sinks_end <= self.length:
-            for side in self.sides:
-                side.buffer.start(self.sinks_end)
+    def _pack(self) -> None:
+        for side in self.sides:
+            side.buffer.pack(self.firsts)
 
     # ------------------------------------------------------------ as transformers asks
 
@@ -357,7 +394,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Bytes of as many whole keys and values, without growth space."""
         if not self.is_initialized:
             return 0
-        return self.batch * self._elements * (int(self.length) + self.dropped) * self.dtype.itemsize
+        elements = sum(heads * n for heads, n in self.shapes.values())
+        return self.batch * elements * (int(self.length) + self.dropped) * self.dtype.itemsize
 
     def get_seq_length(self) -> int:
         """How many tokens have come."""
@@ -411,7 +449,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise InputError(
                 f"the last {count} tokens cannot be taken back, only {max(0, most)}: what would move into the recent "
                 f"window of {self.recent_window} is pruned already; take back no more tokens than the window has, "
-                f"{_CROP} at most, or start a new cache"
+                f"{CROP} at most, or start a new cache"
             )
         return count
 
@@ -432,13 +470,17 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the given rows."""
-        self._each_row(lambda tensor: tensor[indices])
+        self._each_row(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         if not hasattr(self, "key_side"):
             return
         self.first = change(self.first)
         self.batch = len(self.first)
+        if len(set(self.firsts)) < 2:  # no need to ask the device which row is which
+            self.firsts = self.firsts[:1] * self.batch
+        else:
+            self.firsts = [self.firsts[i] for i in change(torch.arange(len(self.firsts))).tolist()]
         if self.slots is not None:
             self.slots.each(change)
         for side in self.sides:
@@ -459,3 +501,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 self.slots.each(change)
             for side in self.sides:
                 side.move(change)
+
+
+def shapes_of(keys: Tensor, values: Tensor) -> Shapes:
+    """Kind -> KV heads, and channels of a token, of keys and values [B, H, n, D]."""
+    return {kind: (each.shape[1], each.shape[3]) for kind, each in zip(KINDS, (keys, values), strict=True)}

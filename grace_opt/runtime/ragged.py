@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.runtime.handle import RaggedHandle
-from grace_opt.runtime.layer import PrunedLayer
+from grace_opt.runtime.layer import PrunedLayer, shapes_of
 from grace_opt.runtime.prompt import Staying, observed, queries_of, staying
 
 
@@ -42,6 +42,11 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """The base class sets it on creation; the parts know better."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.parts[0].dtype
+
+    @property
     def offloading(self) -> bool:
         """Whether the tensors stay on the CPU between uses."""
         return self.parts[0].offloading
@@ -54,6 +59,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """As of `PrunedLayer`."""
         self.plan.check(key_states, value_states)
+        self.shapes = shapes_of(key_states, value_states)
         self.heads = [heads.to(key_states.device) for heads in self.heads]
         for heads, part in zip(self.heads, self.parts, strict=True):
             part.lazy_initialization(key_states[:, heads], value_states[:, heads])

@@ -36,14 +36,21 @@ class Side:
         self.buffer.append(rows, at)
         return self.codec.residual(states, rows)
 
+    def make_room(self, sinks: int, room: int) -> None:
+        """Hold the residuals of ``room`` sinks of each row, not of ``sinks``."""
+        more = self.whole.new_zeros(*self.whole.shape[:2], room - sinks, self.whole.shape[3])
+        self.whole = torch.cat([self.whole[:, :, :sinks], more, self.whole[:, :, sinks:]], dim=2)
+
     def scores(self, asked: Tensor) -> Tensor:
         """Products [B, H, m, T] of asked queries [B, H, m, width] with the rows of all tokens."""
         parts = [asked @ part.mT for part in self.buffer.parts()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        found, places = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), self.buffer.places()
+        return found if places is None else places.to_slots(found)
 
     def mixed(self, weights: Tensor) -> Tensor:
         """Sums [B, H, m, width] of the rows of all tokens with weights [B, H, m, T]."""
-        total, low = None, 0
+        total, low, places = None, 0, self.buffer.places()
+        weights = weights if places is None else places.to_columns(weights)
         for part in self.buffer.parts():
             each = weights[..., low : low + part.shape[2]] @ part
             total = each if total is None else total + each
@@ -57,7 +64,7 @@ class Side:
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor that has a row for each prompt."""
-        self.buffer.each(change)
+        self.buffer.each_row(change)
         self.window.each(change)
         self.whole = change(self.whole)
         self.codec = self.codec.mapped(lambda tensor: change(tensor) if tensor.shape[0] > 1 else tensor)

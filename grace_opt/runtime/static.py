@@ -35,6 +35,7 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
+        self.recent_window, self.sink_count = (min(each, self.max_length) for each in (self.recent_window, self.sinks))
         self.length = torch.tensor(0)
         self._empty = True
 
@@ -103,9 +104,6 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
     def _put(self, side: Side, residuals: Tensor, slot: Tensor, new: int) -> None:
         arrived = ((slot >= 0) & (slot < new))[:, None, :, None]
         side.whole.copy_(torch.where(arrived, residuals, side.whole))
-
-    def _start_packing(self) -> None:
-        pass
 
     def _crop(self, count: int) -> None:
         self.length.sub_(count)

@@ -225,30 +225,38 @@ def test_generate_compiles_the_decoding_of_a_preallocated_cache() -> None:
 @pytest.mark.parametrize("kinds", [("key",), ("value",), ("key", "value")])
 def test_integers_hold_old_tokens_and_nothing_else(kinds: tuple[str, ...], bits: int) -> None:
     from grace_opt.compression.integers import quantise
-    from grace_opt.runtime.buffers import Packed
+    from grace_opt.runtime.packed import Packed
 
     model = tiny_model("Llama", max_position_embeddings=512)
     mask = random_mask(model, 7, values=8, recent_window=6, sinks=2)
     ids = torch.randint(3, 99, (2, 301), generator=torch.Generator().manual_seed(3))
     attended = torch.ones_like(ids)
-    attended[0, :5] = 0
+    attended[0, :45] = 0
     past = grace_opt.runtime.cache(mask, model, **{f"{kind}_bits": bits for kind in kinds})
     plain = grace_opt.runtime.cache(mask, model)
     for cache in (past, plain):
         logits_of(model, cache, [150, *[1] * 40, 60, *[1] * 51], ids, attended)
     # Both caches saw the same keys in the first layer, so what is stored there differs by the rounding alone.
-    packed = 32 * ((301 - 7 - 2 * 6) // 32)  # after the padding and the sinks, before the window and what crop needs
     for kind, held, whole in zip(("key", "value"), past.layers[0].sides, plain.layers[0].sides, strict=True):
-        stored, (exact,) = torch.cat(list(held.buffer.parts()), 2), whole.buffer.parts()
+        columns, (exact,) = torch.cat(list(held.buffer.parts()), 2), whole.buffer.parts()
+        places = held.buffer.places()
         torch.testing.assert_close(held.window.rows, whole.window.rows)
         if kind not in kinds:
-            torch.testing.assert_close(stored, exact)
+            torch.testing.assert_close(columns, exact)
             continue
         assert isinstance(held.buffer, Packed)
-        assert held.buffer.packed_tokens == packed
-        old = exact[:, :, 7 : 7 + packed].reshape(2, 2, -1, 32, exact.shape[-1])
-        back = quantise(old, bits, "channel" if kind == "key" else "token").unpack().flatten(2, 3)  # type: ignore[arg-type]
-        torch.testing.assert_close(stored, torch.cat([exact[:, :, :7], back, exact[:, :, 7 + packed :]], 2))
+        assert places is not None
+        for row, padding in enumerate((45, 0)):  # behind a row's own sinks, before the window and what crop needs
+            begin = padding + 2
+            packed = 32 * ((301 - begin - 2 * 6) // 32)
+            if padding == 0:
+                assert held.buffer.packed_tokens == packed
+            old = exact[row, :, begin : begin + packed].unflatten(1, (-1, 32))
+            back = quantise(old, bits, "channel" if kind == "key" else "token").unpack().flatten(1, 2)  # type: ignore[arg-type]
+            stored = columns[row][:, places.column[row, padding:]]
+            around = exact[row, :, padding:begin], back, exact[row, :, begin + packed :]
+            torch.testing.assert_close(stored, torch.cat(around, 1))
+            assert int(places.filled[row].sum()) == 301 - padding
     assert past.nbytes < plain.nbytes
 
 

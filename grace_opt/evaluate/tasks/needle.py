@@ -28,6 +28,16 @@ class NeedlePrompt:
     depth: float
 
 
+def check_needles(lengths: Sequence[int], depths: Sequence[float]) -> None:
+    """Raise InputError for lengths and depths that no text could have."""
+    for length in lengths:
+        if length < 1:
+            raise InputError(f"a needle prompt must have at least 1 token, got {length}")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise InputError(f"depth {depth} is outside the text; give depths from 0 to 1")
+
+
 def needle_prompts(
     haystack: Sequence[int],
     tokenizer: Any,
@@ -47,10 +57,9 @@ def needle_prompts(
     """
     bos, question = bos_of(tokenizer), _ids(tokenizer, QUESTION)
     prompts = []
+    check_needles(lengths, depths)
     for length in lengths:
         for depth in depths:
-            if not 0 <= depth <= 1:
-                raise InputError(f"depth {depth} is outside the text; give depths from 0 to 1")
             for repeat in range(repeats):
                 rng = np.random.default_rng((seed, length, round(1e6 * depth), repeat))
                 answer = str(rng.integers(10_000, 100_000))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from grace_opt.compression.integers import Integers, Packed
-from grace_opt.runtime.buffers import Packed as PackedBuffer
 from grace_opt.runtime.kernels import triton
 from grace_opt.runtime.kernels.contract import Request
+from grace_opt.runtime.packed import Packed as PackedBuffer
 
 if TYPE_CHECKING:
     from grace_opt.runtime.layer import PrunedLayer
@@ -53,15 +53,19 @@ class TritonKernel:
         batch, heads = query.shape[:2]
         asked = query.reshape(batch, handle.spans[0].shape[1], -1, query.shape[-1]) * request.scaling
         row, outside = keys.codec.asked(asked)
-        tokens, first = [], layer.first
+        tokens = []
         for side, span in zip(layer.sides, handle.spans, strict=True):
             tokens.append(triton.Tokens(side.buffer.tokens, torch.cat([side.whole, span], dim=2), _packed(side)))
         mask = None if request.mask is None else request.mask[:, 0, 0]
+        length, first = layer.length, layer.first
         buffer = keys.buffer
         if isinstance(buffer, PackedBuffer) and buffer.packed_tokens:
-            # The kernel takes the integers first, then what came before them, then what came after.
-            head, count = buffer.first.shape[2], buffer.packed_tokens
-            first = first + count
+            if (places := buffer.places()) is not None:  # values lie as keys do
+                length, mask = places.slot.shape[1], places.mask(mask)
+                first = places.column.gather(1, first[:, None].clamp(max=layer.length - 1))[:, 0]
+            # The kernel takes the integers first, then the sinks, which came before them, then what came after.
+            head, count = buffer.head.shape[2], buffer.packed_tokens
+            first = torch.where(first < head, first + count, first)
             if mask is not None:
                 mask = torch.cat([mask[:, head : head + count], mask[:, :head], mask[:, head + count :]], dim=1)
         if layer.is_static:
@@ -69,9 +73,7 @@ class TritonKernel:
             both = triton.compiled_decode(row, outside, *stored, layer.length, layer.sink_count, first, mask)
             total, residual = both[..., : values.codec.width], both[..., values.codec.width :]
         else:
-            total, residual = triton.decode(
-                row, outside, tokens[0], tokens[1], layer.length, layer.sink_count, first, mask
-            )
+            total, residual = triton.decode(row, outside, tokens[0], tokens[1], length, layer.sink_count, first, mask)
         return values.codec.read(total, residual).view(batch, heads, 1, -1)
 
 

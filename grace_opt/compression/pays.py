@@ -1,0 +1,100 @@
+"""From how many tokens on a compressed cache takes fewer bytes than a full one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from grace_opt.heads import KINDS, Kind
+from grace_opt.problem import prune_count
+
+if TYPE_CHECKING:
+    from grace_opt.compression.codec import Codec
+    from grace_opt.compression.plan import LayerPlan
+
+Shapes = Mapping[Kind, tuple[int, int]]  # kind -> KV heads, and channels of a whole token
+
+_LONGEST = 2**31
+
+
+def pays_from(layers: Mapping[int, LayerPlan], shapes: Mapping[int, Shapes], itemsize: int) -> int | None:
+    """The length of the shortest prompt from which on these layers take fewer bytes than full ones.
+
+    ``shapes``: of each layer; ``itemsize``: bytes of an element of keys and values. For one row; growth space, and what
+    a token policy keeps whole, are left out. None if it never pays, or if a codec is only fitted to a prompt, so that
+    its size is not known. O(log of the answer).
+    """
+    codecs = {i: {kind: _codecs(plan, kind, *shapes[i][kind]) for kind in KINDS} for i, plan in layers.items()}
+    if any(each is None for of_layer in codecs.values() for each in of_layer.values()):
+        return None
+
+    def saved(tokens: int) -> float:
+        total = 0.0
+        for i, plan in layers.items():
+            for kind in KINDS:
+                heads, n = shapes[i][kind]
+                total += tokens * heads * n * itemsize
+                total -= sum(_held(plan, kind, codec, tokens, itemsize) for codec in codecs[i][kind] or ())
+            total -= 8 + (0 if plan.tokens is None else 8 * _staying(plan, tokens))
+        return total
+
+    # Up to here every token is whole; from here on each token more saves something, if it ever does.
+    low = max(
+        (each.windows.sinks + each.windows.recent_window + each.windows.spare for each in layers.values()), default=0
+    )
+    high = low + 1
+    while saved(high) <= 0:
+        low, high = high, 2 * high
+        if high > _LONGEST:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if saved(middle) > 0 else (middle, high)
+    return high
+
+
+def _codecs(plan: LayerPlan, kind: Kind, heads: int, n: int) -> list[Codec] | None:
+    """Of each head, if they are known before the prompt."""
+    from grace_opt.compression.channels import Channels
+    from grace_opt.compression.codec import Whole
+    from grace_opt.compression.integers import as_integers
+    from grace_opt.compression.plugins import CODECS
+
+    if plan.choice is None or not plan.choice.compresses(kind):
+        return [each.sized(n) for each in plan.codecs.get(kind, [Whole()] * heads)]
+    method, sharing = plan.choice.method, plan.choice.method.sharing
+    prune = prune_count(plan.choice.budget.of(kind), n, up=sharing.rounding == "ceil", align=sharing.align)
+    if method.codec != "whole" and not CODECS[method.codec].selects:
+        return None
+    inner = Whole(n) if method.codec == "whole" else Channels.keeping(range(n - prune), n)
+    return [as_integers(inner, method.bits(kind) or 0, kind)] * heads
+
+
+def _staying(plan: LayerPlan, tokens: int) -> int:
+    """How many tokens of a prompt stay."""
+    old = max(0, tokens - plan.windows.sinks - plan.windows.recent_window)
+    return tokens if plan.tokens is None else tokens - old + round(plan.tokens.share * old)
+
+
+def _held(plan: LayerPlan, kind: Kind, codec: Codec, tokens: int, itemsize: int) -> float:
+    """Bytes of one head's keys or values after a prompt (docs/cache.md)."""
+    windows, width, dropped = plan.windows, codec.width, codec.residual_width
+    last = windows.recent_window + windows.spare
+    stay = _staying(plan, tokens)
+    blocks = max(0, stay - windows.sinks - last) // codec.block * codec.block if codec.block else 0
+    total = codec.nbytes(blocks, itemsize) + (stay - blocks) * width * itemsize
+    total += (min(stay, last) + min(stay, windows.sinks)) * dropped * itemsize
+    for each in codec.tensors().values():
+        total += each.numel() * (itemsize if each.is_floating_point() else each.element_size())
+    return total + itemsize * _fitted(plan, codec)
+
+
+def _fitted(plan: LayerPlan, codec: Codec) -> int:
+    """Numbers of the read-out that the cache fits to a prompt for one head."""
+    from grace_opt.compression.channels import Channels
+
+    inner = getattr(codec, "inner", codec)
+    if plan.readout is None or not isinstance(inner, Channels) or inner.constant is not None:
+        return 0
+    columns = {"none": 0, "mean": 1}.get(plan.readout.readout_fit, 1 + inner.width)
+    return inner.residual_width * columns
