@@ -182,15 +182,11 @@ def _recomputed(problem: SubsetProblem, solver: Solver, limits: Limits, raw: Raw
         block = problem.weights[np.ix_(chosen, chosen)]
         objective = float(block.sum())
         above = lower_bound - objective
-        if not math.isfinite(objective):
-            status = Status.NUMERICAL_ERROR
-            warnings.append(f"the objective of its selection is {objective}: its weights are too large to be summed")
-        elif abs(above) <= rounding_slack(block) or 0 < above <= OBJECTIVE_SLACK * abs(objective):
+        if abs(above) <= rounding_slack(block) or 0 < above <= OBJECTIVE_SLACK * abs(objective):
             lower_bound = objective  # they differ by rounding
         elif lower_bound > objective:
             status = Status.NUMERICAL_ERROR
             warnings.append(f"the solver's bound {lower_bound!r} lies above its own selection's {objective!r}")
-        if status is Status.NUMERICAL_ERROR:
             lower_bound, bound_kind = -math.inf, BoundKind.NONE
         within = relative_gap(objective, lower_bound) <= limits.gap_rel or objective - lower_bound <= limits.gap_abs
         if within and bound_kind is BoundKind.PROVEN:

@@ -5,6 +5,7 @@ The only place where something is chosen: channels, widths, bases, read-outs, to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -155,7 +156,8 @@ def _kept_channels(
 
 def kept_of(solution: Solution) -> IntArray:
     """int64[d]: the channels that a selection keeps. Raises InputError if there is none, or none to be trusted."""
-    if solution.pruned is None or solution.status not in (Status.OPTIMAL, Status.FEASIBLE):
+    told = math.isfinite(solution.objective) and solution.status in (Status.OPTIMAL, Status.FEASIBLE)
+    if solution.pruned is None or not told:
         why = "; ".join([str(solution.status), *solution.warnings])
         raise InputError(f"{solution.problem} has no solution of {solution.solver} that can be used ({why})")
     return np.setdiff1d(np.arange(solution.n), solution.pruned)

@@ -9,7 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grace_opt import InputError, Status, SubsetProblem, load_bundle, mask_from_solutions, registry, solve, solve_many
+from grace_opt import (
+    InputError,
+    Solution,
+    Status,
+    SubsetProblem,
+    load_bundle,
+    mask_from_solutions,
+    registry,
+    solve,
+    solve_many,
+)
 from grace_opt.solution import BoundKind, Capabilities, Limit, RawResult
 from grace_solvers.independent import IndependentSolver
 from tests.cli.test_cli import inside, records, sentence
@@ -68,13 +78,11 @@ def test_solutions_of_other_heads_are_refused() -> None:
         mask_from_solutions(bundle, [small, *solutions[1:]])
 
 
-def test_an_objective_that_overflows_is_a_numerical_error() -> None:
-    largest = np.finfo(np.float64).max
-    for weights in (np.full((3, 3), largest), np.array([[largest, largest, 0], [largest, 1, 0], [0, 0, -largest]])):
-        with np.errstate(over="ignore"):
-            solution = solve(SubsetProblem(weights, 3), "independent")
-        assert solution.status is Status.NUMERICAL_ERROR
-        assert solution.bound_kind is BoundKind.NONE
-        assert not math.isfinite(solution.objective)
-        assert any("too large to be summed" in warning for warning in solution.warnings)
-        assert solution.record()["objective"] is None
+def test_a_record_without_an_objective_makes_no_mask() -> None:
+    bundle = load_bundle(HEADS)
+    solutions = solve_many(bundle.problems(0.5), "independent")
+    record = solutions[3].record() | {"objective": None}
+    solutions[3] = Solution.from_record(record)
+    assert math.isnan(solutions[3].objective)
+    with pytest.raises(InputError, match=rf"{solutions[3].problem} has no solution of independent that can be used"):
+        mask_from_solutions(bundle, solutions)
