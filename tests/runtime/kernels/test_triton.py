@@ -423,14 +423,15 @@ def test_whole_tokens_anywhere_are_left_to_the_plain_kernel(monkeypatch: pytest.
     assert "no whole tokens but sinks" in str(choose.reasons(past.layers[0])["triton"])
 
 
+@pytest.mark.parametrize("padding", [6, 40, 84])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_integers_are_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    """Blocks, and what came before and after them, with a padded row."""
+def test_integers_are_read_by_the_kernel(monkeypatch: pytest.MonkeyPatch, bits: int, padding: int) -> None:
+    """Blocks, and what came before and after them, with a padded row that has as many, fewer or none."""
     model = tiny_model("Llama", num_hidden_layers=1)
     mask = random_mask(model, 7, values=9, recent_window=4, sinks=2, readout="static")
     ids = torch.randint(3, 99, (2, 90), generator=torch.Generator().manual_seed(0))
     attended = torch.ones_like(ids)
-    attended[0, :6] = 0
+    attended[0, :padding] = 0
     logits = []
     for fused in (False, True):
         calls = counted(monkeypatch) if fused else []
