@@ -19,7 +19,8 @@ def explain(ctx: typer.Context, verbose: bool) -> dict[str, dict[str, Any]]:
     resolved = {}
     for name, value in ctx.params.items():
         source = ctx.get_parameter_source(name)
-        shown = str(value) if isinstance(value, Path) else value
+        # As the versions of Typer agree: a path as text, values of a repeated option as a list.
+        shown = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         resolved[name] = {"value": shown, "source": _WORDS.get(source.name if source else "", "default")}
     if verbose:
         for name, entry in resolved.items():
