@@ -48,17 +48,17 @@ def bootstrap_mean(values: ArrayLike, *, confidence: float = 0.95, resamples: in
         return Interval(mean, mean, mean)
     from scipy.stats import bootstrap, norm, t
 
-    d = len(array)
+    d, scale = len(array), float(np.exp2(np.frexp(np.abs(array).max())[1] - 1))  # cubes of tiny values would vanish
     tail = norm.cdf(-np.sqrt(d / (d - 1)) * t.ppf((1 + confidence) / 2, d - 1))
     interval = bootstrap(
-        (array,),
+        (array / scale,),
         np.mean,
         confidence_level=min(1 - 2 * tail, 1 - 1e-12),
         n_resamples=resamples,
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(mean, float(interval.low), float(interval.high))
+    return Interval(mean, scale * float(interval.low), scale * float(interval.high))
 
 
 def paired(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Paired:

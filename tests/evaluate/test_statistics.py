@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from grace_opt.errors import InputError
@@ -17,6 +17,7 @@ VALUES = st.lists(st.floats(0, 10, allow_subnormal=False), min_size=2, max_size=
 
 
 @given(VALUES)
+@example([0.0, 4.09992781e-250])
 def test_the_interval_lies_around_the_mean_and_within_the_values(values: list[float]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
