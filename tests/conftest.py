@@ -26,7 +26,10 @@ settings.load_profile("repeat")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Markers live here, so that the tests know them from any folder."""
+    """Markers live here, so that the tests know them from any folder. And Ctrl-C reaches what tests start: a shell
+    makes what runs in its background deaf to it, and programs inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "model: runs the real SmolLM2 (fetched once, then cached)")
     config.addinivalue_line("markers", "slow: only in make test-all")
 
