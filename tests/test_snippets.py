@@ -74,8 +74,9 @@ if DOCS.is_dir():
         (tmp_path / "my.txt").write_text("\n".join(prose()), encoding="utf-8")
         text = README.read_text(encoding="utf-8")
         section = text[text.index("## On your model") :]
-        commands = section[section.index("```bash\n") + 8 : section.index("\n```")]
-        lines = [line for line in commands.splitlines() if line.startswith("grace-opt")]
+        block = re.search(r"^```bash\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+        assert block is not None
+        lines = [line for line in block[1].splitlines() if line.startswith("grace-opt")]
         assert len(lines) == 3
         for line in lines:
             more = " --tokens 1024" if "calibrate" in line else " --max-new-tokens 4" if "generate" in line else ""
