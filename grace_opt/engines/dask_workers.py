@@ -7,11 +7,9 @@ import copy
 import logging
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from typing import Any
 
+from grace_opt.engines.supervisor import deaf_to
 from grace_opt.errors import InputError
 
 
@@ -62,7 +60,7 @@ def run_workers(scheduler: str, count: int) -> None:
         except Exception as error:
             trouble.append(error)
 
-    with deaf_to_interrupts():
+    with deaf_to(signal.SIGINT, signal.SIGTERM):
         thread = threading.Thread(target=run, name="workers")
         thread.start()
     try:
@@ -72,17 +70,3 @@ def run_workers(scheduler: str, count: int) -> None:
         thread.join()
     if trouble and not stop.is_set():
         raise InputError(f"the workers for {scheduler} ended ({trouble[0]}); see that there is one, and run again")
-
-
-@contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
-    """Threads and processes that are begun here do not hear Ctrl-C, nor SIGTERM: this process does, and ends them.
-
-    Both are often sent to all processes at once, by terminals and by service managers.
-    """
-    resource_tracker.ensure_running()  # which would let them hear it again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

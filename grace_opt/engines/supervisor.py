@@ -6,9 +6,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import current_process, get_context, resource_tracker
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,8 @@ class Supervisor:
             current_process()._config["daemon"] = False  # type: ignore[attr-defined]
             # spawn: a fork would take over half the state of the threads of BLAS, OpenMP and torch
             self._pool = ProcessPool(1, initializer=_start, initargs=(os.getpid(),), context=get_context("spawn"))
-            _start_deaf(self._pool)
+            with deaf_to(signal.SIGINT):
+                self._pool.schedule(os.getpid)  # starts its threads and its process, which inherit that
         if self._stopped:
             self._end()
             raise CancelledError("stopped")
@@ -125,19 +126,22 @@ class Supervisor:
             pool.join()
 
 
-def _start_deaf(pool: ProcessPool) -> None:
-    """Start a pool's threads and its process with Ctrl-C blocked, which they inherit.
+@contextmanager
+def deaf_to(*signals: signal.Signals) -> Iterator[None]:
+    """Threads and processes that are begun here do not hear these signals: they are for this process, which ends them.
 
-    It is for the parent, which ends its workers; one that is still importing would show a traceback.
+    Terminals and service managers often send them to all processes at once, and one that is still importing would show
+    a traceback.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
         return
-    resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # it would let them hear Ctrl-C again when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        pool.schedule(os.getpid)
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _patience(limits: Limits, problems: int) -> float | None:
@@ -153,7 +157,7 @@ def _work(solver: Solver, problems: Sequence[SubsetProblem], limits: Limits) -> 
 
 def _start(parent: int) -> None:
     """A process's first work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # see _start_deaf, also where signals cannot be blocked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # see deaf_to; also where signals cannot be blocked
     # By which the parent ends it; Dask's workers are deaf to it.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 

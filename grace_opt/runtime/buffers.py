@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from grace_opt.runtime.packed import Places
+
+Row = TypeVar("Row")
 
 
 class Buffer(Protocol):
@@ -265,6 +267,14 @@ class FixedKept:
 def taken(rows: Tensor, slots: Tensor) -> Tensor:
     """Of each row of the batch [B, H, T, d] the slots int64[B, S]: [B, H, S, d]."""
     return rows.gather(2, slots[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
+
+
+def followed(rows: list[Row], change: Callable[[Tensor], Tensor], count: int) -> list[Row]:
+    """What the ``count`` rows of a batch are, once ``change`` has picked them from ``rows``; asks no device if all are
+    alike."""
+    if len(set(rows)) < 2:
+        return rows[:1] * count
+    return [rows[i] for i in change(torch.arange(len(rows))).tolist()]
 
 
 def fix(*tensors: Tensor) -> None:

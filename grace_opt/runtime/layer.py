@@ -17,7 +17,7 @@ from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.heads import KINDS, Kind
-from grace_opt.runtime.buffers import Buffer, Growing, Kept, Sliding, Window, taken
+from grace_opt.runtime.buffers import Buffer, Growing, Kept, Sliding, Window, followed, taken
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.kernels.choose import usable
 from grace_opt.runtime.kernels.contract import Kernel
@@ -477,10 +477,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return
         self.first = change(self.first)
         self.batch = len(self.first)
-        if len(set(self.firsts)) < 2:  # no need to ask the device which row is which
-            self.firsts = self.firsts[:1] * self.batch
-        else:
-            self.firsts = [self.firsts[i] for i in change(torch.arange(len(self.firsts))).tolist()]
+        self.firsts = followed(self.firsts, change, self.batch)
         if self.slots is not None:
             self.slots.each(change)
         for side in self.sides:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grace_opt.compression.codec import Codec
-from grace_opt.runtime.buffers import Growing
+from grace_opt.runtime.buffers import Growing, followed
 
 _BLOCKS = 64  # packed blocks that are unpacked at a time
 
@@ -166,11 +166,7 @@ class Packed:
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         self.each(change)
-        rows = list(zip(self._firsts, self._counts, strict=True))
-        if len(set(rows)) < 2:  # no need to ask the device which row is which
-            rows = rows[:1] * len(self.last)
-        else:
-            rows = [rows[i] for i in change(torch.arange(len(rows))).tolist()]
+        rows = followed(list(zip(self._firsts, self._counts, strict=True)), change, len(self.last))
         self._firsts, self._counts = [first for first, _ in rows], [count for _, count in rows]
 
 
