@@ -25,8 +25,11 @@ class Buffer(Protocol):
     def fixed(self) -> int:
         """How many of the first tokens cannot be forgotten, short of all."""
 
-    def append(self, rows: Tensor, at: int | Tensor) -> None:
-        """Store rows [B, H, m, width], the first of them at slot ``at``."""
+    def reserve(self, end: int | Tensor) -> None:
+        """Make room for the tokens up to the slot ``end``, which is the buffer's length now."""
+
+    def put(self, rows: Tensor, at: int | Tensor) -> None:
+        """Store rows [B, H, m, width], the first of them at slot ``at``, where there is room."""
 
     def pack(self, firsts: Sequence[int]) -> None:
         """Pack what is old enough, ``firsts`` being the slot of each row's first token."""
@@ -59,29 +62,57 @@ class Buffer(Protocol):
 class Growing:
     """A buffer that grows by 1/128 of its length: at most 0.8 % of it is waste, and an appended token copies about 128
     tokens' worth of it on average, instead of all of it.
+
+    Args:
+        like: [B, H, _, ..], of the dtype and device of the rows.
+        room: elements that a row takes, if more than its width; the others are zero.
+        spare: tokens that it grows by at least.
     """
 
     fixed = 0
 
-    def __init__(self, like: Tensor) -> None:
-        self.buffer = like.new_empty(*like.shape[:2], 0, *like.shape[3:])
+    def __init__(self, like: Tensor, room: int = 0, spare: int = 0) -> None:
+        self.width, self.spare = like.shape[-1], spare
+        self.buffer = like.new_empty(*like.shape[:2], 0, *like.shape[3:-1], max(room, self.width))
         self.length = 0
 
-    def append(self, rows: Tensor, at: int | Tensor) -> None:
-        self.buffer = _written(self.buffer, int(at), rows, int(at))
-        self.length = int(at) + rows.shape[2]
+    def reserve(self, end: int | Tensor) -> None:
+        self.buffer, self.length = self._with_room(int(end)), int(end)
 
-    def put(self, new: Tensor, at: int, rows: slice | Tensor) -> None:
+    def put(self, rows: Tensor, at: int | Tensor) -> None:
+        self.tokens[:, :, at : at + rows.shape[2]] = rows
+
+    def append(self, rows: Tensor) -> None:
+        """Store rows [B, H, m, ..] behind the last."""
+        at = self.length
+        self.reserve(at + rows.shape[2])
+        self.put(rows, at)
+
+    def put_some(self, new: Tensor, at: int, rows: slice | Tensor) -> None:
         """Store ``new`` [b, H, m, ..] from slot ``at`` on in b rows of the batch; what was never stored is zero."""
-        self.buffer = _written(self.buffer, self.length, new, at, rows)
-        self.length = max(self.length, at + new.shape[2])
+        end = at + new.shape[2]
+        grown = max(0, end - self.length)
+        self.reserve(max(self.length, end))
+        self.tokens[:, :, self.length - grown :] = 0
+        self.tokens[rows, :, at:end] = new
+
+    def _with_room(self, end: int) -> Tensor:
+        """The buffer, or its copy: for ``end`` tokens, and to be written."""
+        held, used = self.buffer, min(self.length, end)
+        if end <= held.shape[2] and not (used and _frozen(held)):
+            return held
+        capacity = end + (max(end // 128, self.spare) if used else 0)
+        fresh = held.new_zeros if held.shape[-1] > self.width else held.new_empty
+        grown = fresh(*held.shape[:2], capacity, *held.shape[3:])
+        grown[:, :, :used] = held[:, :, :used]
+        return grown
 
     def pack(self, firsts: Sequence[int]) -> None:
         pass
 
     @property
     def tokens(self) -> Tensor:
-        return self.buffer[:, :, : self.length]
+        return self.buffer[:, :, : self.length, ..., : self.width]
 
     def parts(self) -> Iterator[Tensor]:
         yield self.tokens
@@ -93,7 +124,7 @@ class Growing:
         self.length = tokens
 
     def take(self, slots: Tensor) -> None:
-        self.buffer = taken(self.tokens, slots)
+        self.buffer = taken(self.buffer, slots)
         self.length = slots.shape[1]
 
     def unbroken(self) -> int | None:
@@ -113,11 +144,19 @@ class Preallocated:
 
     fixed = 0
 
-    def __init__(self, like: Tensor, capacity: int) -> None:
-        self.tokens = like.new_zeros(*like.shape[:2], capacity, like.shape[3])
-        fix(self.tokens)
+    def __init__(self, like: Tensor, capacity: int, room: int = 0) -> None:
+        self.width = like.shape[3]
+        self.buffer = like.new_zeros(*like.shape[:2], capacity, max(room, self.width))
+        fix(self.buffer)
 
-    def append(self, rows: Tensor, at: int | Tensor) -> None:
+    @property
+    def tokens(self) -> Tensor:
+        return self.buffer[..., : self.width]
+
+    def reserve(self, end: int | Tensor) -> None:
+        pass
+
+    def put(self, rows: Tensor, at: int | Tensor) -> None:
         positions = at + torch.arange(rows.shape[2], device=rows.device)
         self.tokens.index_copy_(2, positions, rows)
 
@@ -140,10 +179,10 @@ class Preallocated:
         return None
 
     def tensors(self) -> list[Tensor]:
-        return [self.tokens]
+        return [self.buffer]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.tokens = change(self.tokens)
+        self.buffer = change(self.buffer)
 
     each_row = each
 
@@ -153,7 +192,8 @@ class Window(Protocol):
 
     def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
         """Take those of tokens that just came, ``length`` tokens with them; returns what their queries may see whole,
-        [B, H, _, e], up to the last token, or for a fixed one from its first slot on."""
+        [B, H, _, e], up to the last token, or in a preallocated cache that keeps generated tokens from its first slot
+        on."""
 
     def crop(self, count: int, length: int) -> None:
         """Forget the last ``count`` tokens, all but ``length``."""
@@ -165,22 +205,55 @@ class Window(Protocol):
         """Replace every tensor that is held."""
 
 
-class Sliding:
-    """Of the last ``recent`` tokens, and of ``spare`` more, so that as many can be taken back."""
+class Ring:
+    """Of the last ``recent`` tokens, and of ``spare`` more, so that as many can be taken back; written in place.
 
-    def __init__(self, residuals: Tensor, recent: int, spare: int) -> None:
-        self.recent, self.limit = recent, recent + spare
-        # A view would hold on to the whole prompt's residuals.
-        self.rows = residuals[:, :, max(0, residuals.shape[2] - self.limit) :].clone()
+    The residual of slot t lies at t modulo the ring's size.
+
+    Args:
+        residuals: [B, H, m, e], of the last tokens, no more than the ring holds.
+        length: how many tokens there are.
+        fixed: of a preallocated cache: it is full from the start, with zeros before the first token.
+    """
+
+    def __init__(self, residuals: Tensor, length: int, recent: int, spare: int, fixed: bool = False) -> None:
+        count = residuals.shape[2]
+        self.recent, self.size, self.fixed = recent, recent + spare, fixed
+        self.held = self.size if fixed else count  # tokens
+        self.rows = residuals.new_zeros(*residuals.shape[:2], self.size, residuals.shape[3])
+        if count:
+            self.rows[:, :, self._at(length - count, count)] = residuals
+        if fixed:
+            fix(self.rows)
+
+    def _at(self, slot: int | Tensor, count: int) -> Tensor:
+        return (slot + torch.arange(count, device=self.rows.device)) % self.size
 
     def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
-        span = torch.cat([self.rows, residuals], dim=2)
-        kept = span[:, :, max(0, span.shape[2] - self.limit) :]
-        self.rows = kept if kept.shape[2] == span.shape[2] else kept.clone()
-        return span[:, :, span.shape[2] - min(span.shape[2], self.recent) :] if residuals.shape[2] == 1 else span
+        new, before = residuals.shape[2], self.held
+        if not self.size:  # nothing is held, but what came together is seen whole
+            return residuals[:, :, : 0 if new == 1 else new]
+        self.held = min(before + new, self.size)
+        if new == 1:
+            self._write(residuals, length)
+            count = min(self.held, self.recent)
+            return self.rows.index_select(2, self._at(length - count, count))
+        old = self.rows.index_select(2, self._at(length - new - before, before))
+        self._write(residuals[:, :, -self.size :], length)
+        return torch.cat([old, residuals], dim=2)
+
+    def _write(self, residuals: Tensor, length: int | Tensor) -> None:
+        if not torch.compiler.is_compiling() and _frozen(self.rows):
+            self.rows = self.rows.clone()
+        count = residuals.shape[2]
+        self.rows.index_copy_(2, self._at(length - count, count), residuals)
+
+    def shift(self, count: int) -> None:
+        """The number of each slot becomes smaller by ``count``."""
+        self.rows = self.rows.roll(-count, dims=2)
 
     def crop(self, count: int, length: int) -> None:
-        self.rows = self.rows[:, :, : max(0, self.rows.shape[2] - count)].clone()
+        self.held -= 0 if self.fixed else min(count, self.held)
 
     def tensors(self) -> list[Tensor]:
         return [self.rows]
@@ -192,14 +265,18 @@ class Sliding:
 class Kept:
     """Of the last ``recent`` tokens of the prompt and of all tokens after it, and of ``spare`` more before them."""
 
-    def __init__(self, residuals: Tensor, recent: int, spare: int) -> None:
+    def __init__(self, residuals: Tensor, recent: int) -> None:
         self.recent = recent
-        first = residuals[:, :, max(0, residuals.shape[2] - recent - spare) :]
-        self.rows, self.prompt = Growing(first), first.shape[2]  # rows of the prompt's tokens
-        self.rows.append(first, 0)
+        self.rows, self.prompt = Growing(residuals), residuals.shape[2]  # rows of the prompt's tokens
+        self.rows.append(residuals)
 
     def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
-        self.rows.append(residuals, self.rows.length)
+        self.rows.append(residuals)
+        return self.seen
+
+    @property
+    def seen(self) -> Tensor:
+        """What the last query may see whole."""
         return self.rows.tokens[:, :, max(0, self.prompt - self.recent) :]
 
     def crop(self, count: int, length: int) -> None:
@@ -211,32 +288,6 @@ class Kept:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.rows.each(change)
-
-
-class FixedSliding:
-    """`Sliding` in place; it is full from the start, with zeros before the first token."""
-
-    def __init__(self, residuals: Tensor, recent: int, spare: int) -> None:
-        self.recent = recent
-        self.rows = residuals.new_zeros(*residuals.shape[:2], recent + spare, residuals.shape[3])
-        count = min(residuals.shape[2], recent + spare)
-        if count:
-            self.rows[:, :, -count:] = residuals[:, :, residuals.shape[2] - count :]
-        fix(self.rows)
-
-    def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
-        span = torch.cat([self.rows, residuals], dim=2)
-        self.rows.copy_(span[:, :, residuals.shape[2] :])
-        return span[:, :, span.shape[2] - self.recent :] if residuals.shape[2] == 1 else span
-
-    def crop(self, count: int, length: int) -> None:
-        self.rows.copy_(self.rows.roll(count, dims=2))  # the layer knows that the first are none now
-
-    def tensors(self) -> list[Tensor]:
-        return [self.rows]
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.rows = change(self.rows)
 
 
 class FixedKept:
@@ -252,6 +303,11 @@ class FixedKept:
     def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
         at = length - residuals.shape[2] - self.begins + torch.arange(residuals.shape[2], device=residuals.device)
         self.rows.index_copy_(2, at, residuals)
+        return self.seen
+
+    @property
+    def seen(self) -> Tensor:
+        """What the last query may see whole, and what is yet to come."""
         return self.rows[:, :, max(0, self.prompt - self.recent) :]
 
     def crop(self, count: int, length: int) -> None:
@@ -262,6 +318,11 @@ class FixedKept:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.rows = change(self.rows)
+
+
+def room_of(width: int, dtype: torch.dtype) -> int:
+    """Elements that a row of this width takes: in 16 bits it begins at a multiple of 16 bytes, as cards load them."""
+    return -(-width // 8) * 8 if dtype.itemsize == 2 else width
 
 
 def taken(rows: Tensor, slots: Tensor) -> Tensor:
@@ -284,19 +345,6 @@ def fix(*tensors: Tensor) -> None:
             torch._dynamo.mark_static_address(tensor)
 
 
-def _written(buffer: Tensor, length: int, new: Tensor, at: int, rows: slice | Tensor | None = None) -> Tensor:
-    """``buffer`` [B, H, capacity, ..], ``length`` of it in use, with ``new`` [B, H, n, ..] written from ``at`` on.
-
-    It grows if it must. With ``rows`` only these are written, and what was never written is zero.
-    """
-    end = max(length, at + new.shape[2])
-    # Autograd and inference mode forbid writing into what they have seen: then every update copies.
-    frozen = torch.is_grad_enabled() or (buffer.is_inference() and not torch.is_inference_mode_enabled())
-    if end > buffer.shape[2] or (frozen and length):
-        capacity = end if length == 0 else end + end // 128
-        fresh = buffer.new_empty if rows is None else buffer.new_zeros
-        grown = fresh(*buffer.shape[:2], capacity, *buffer.shape[3:])
-        grown[:, :, :length] = buffer[:, :, :length]
-        buffer = grown
-    buffer[slice(None) if rows is None else rows, :, at : at + new.shape[2]] = new
-    return buffer
+def _frozen(held: Tensor) -> bool:
+    """Whether autograd or inference mode forbid to write into it: then every update copies."""
+    return torch.is_grad_enabled() or (held.is_inference() and not torch.is_inference_mode_enabled())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
@@ -13,6 +14,8 @@ from grace_opt.models.attention import NAME
 if TYPE_CHECKING:
     from grace_opt.runtime.layer import PrunedLayer
     from grace_opt.runtime.ragged import RaggedLayer
+
+_NONE = torch.empty(0)
 
 
 class _Unreadable:
@@ -28,21 +31,40 @@ class _Unreadable:
 class Handle(_Unreadable):
     """Of a `PrunedLayer`; only `attention` can read it.
 
-    ``prompt``: the whole keys and values [B, H, T, D] if the cache was empty before. If it was not: ``spans``, the
-    residuals of keys and values [B, H, _, e] that the new queries may see whole, and ``residuals``, the new ones.
-    ``new``: how many tokens came with this update. ``values``: whole values, as they were given to the model.
+    ``prompt``: the whole keys and values [B, H, T, D] if the cache was empty before. If it was not, ``pending``: those
+    of the new tokens as they came, None once they are stored. Room for them was made. A kernel may store them as it
+    attends; who needs them stored asks for ``spans`` or ``residuals``. ``new``: how many tokens came with this update.
+    ``values``: whole values, as they were given to the model.
     """
 
     def __init__(
-        self,
-        layer: PrunedLayer,
-        new: int,
-        prompt: tuple[Tensor, Tensor] | None,
-        spans: Sequence[Tensor] = (),
-        residuals: Sequence[Tensor] = (),
+        self, layer: PrunedLayer, new: int, prompt: tuple[Tensor, Tensor] | None, states: Sequence[Tensor] = ()
     ) -> None:
-        self.layer, self.new, self.prompt, self.spans, self.residuals = layer, new, prompt, spans, residuals
+        self.layer, self.new, self.prompt = layer, new, prompt
+        self.pending: list[Tensor | None] = list(states)
         self.values: Tensor | None = None
+        self._stored: list[tuple[Tensor, Tensor]] = [(_NONE, _NONE)] * len(states)
+
+    def store(self, *sides: int) -> None:
+        """Store the new tokens, of keys (0) or values (1) alone where ``sides`` says so."""
+        for i in sides or range(len(self.pending)):
+            states, side = self.pending[i], self.layer.sides[i]
+            if states is not None:
+                residuals = side.put(states, self.layer.length - self.new)
+                self._stored[i] = side.window.push(residuals, self.layer.length), residuals
+                self.pending[i] = None
+
+    @property
+    def spans(self) -> list[Tensor]:
+        """Of keys and values: the residuals [B, H, _, e] that the new queries may see whole, in order of slots."""
+        self.store()
+        return [span for span, _ in self._stored]
+
+    @property
+    def residuals(self) -> list[Tensor]:
+        """Of keys and values: those of the new tokens."""
+        self.store()
+        return [residuals for _, residuals in self._stored]
 
 
 class RaggedHandle(_Unreadable):

@@ -17,7 +17,7 @@ from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.heads import KINDS, Kind
-from grace_opt.runtime.buffers import Buffer, Growing, Kept, Sliding, Window, followed, taken
+from grace_opt.runtime.buffers import Buffer, Growing, Kept, Ring, Window, followed, room_of, taken
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.kernels.choose import usable
 from grace_opt.runtime.kernels.contract import Kernel
@@ -30,8 +30,8 @@ from grace_opt.runtime.slots import Slots, first_seen, refuse_right_padding
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Rows of all tokens that stay; residuals of the sinks, of the recent window, and of what a policy keeps whole.
 
-    "Base plus residual window": a token that leaves the window is forgotten by shifting the window; nothing is packed
-    again. The codecs of all KV heads have one signature (`RaggedLayer` for others).
+    "Base plus residual window": the residual of a token that leaves the window is overwritten; nothing is packed again.
+    The codecs of all KV heads have one signature (`RaggedLayer` for others).
 
     Residuals of ``spare`` more tokens than the window, but no more than the window has, are held so that as many tokens
     can be taken back (`crop`): those that move into the window from behind are whole again.
@@ -132,11 +132,15 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._whole = False
             held = [next(side.buffer.parts()) for side in self.sides]
             self._store((held[0], held[1]), [])
-        residuals = [side.append(each, before) for side, each in zip(self.sides, states, strict=True)]
+        for side in self.sides:
+            side.buffer.reserve(self.length)
+        handle = Handle(self, new, None, states)
+        if new > 1 or not self.recent_window or (self.slots is not None and self.slots.reach is not None):
+            handle.store()  # a kernel stores a single token, which stays recent, and moves none
         self._slide(new)
-        spans = [side.window.push(each, self.length) for side, each in zip(self.sides, residuals, strict=True)]
-        handle = Handle(self, new, None, spans, residuals)
         exact = self.value_side.exact and self.slots is None
+        if exact:
+            handle.store(1)
         return self._given(handle, next(self.value_side.buffer.parts()) if exact else None)
 
     def _given(self, handle: Handle, values: Tensor | None) -> tuple[Handle, Any]:
@@ -256,23 +260,28 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """The side with everything stored but residuals of whole tokens outside of the window."""
         rows = codec.encode(states)
         buffer = self._buffer(rows, codec)
-        buffer.append(rows, 0)
+        buffer.reserve(rows.shape[2])
+        buffer.put(rows, 0)
         last = min(states.shape[2], self.recent_window + self.spare)
         tail = slice(states.shape[2] - last, None)
-        window = self._window(codec.residual(states[:, :, tail], rows[:, :, tail]), states)
+        window = self._window(codec.residual(states[:, :, tail], rows[:, :, tail]), states.shape[2])
         count = self.sink_count + (0 if self.extra is None else self.extra.shape[1])
         return Side(codec, buffer, window, states.new_zeros(*states.shape[:2], count, codec.residual_width))
 
     def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
-        return Packed(like, codec, self.sinks, self.recent_window + self.spare) if codec.block else Growing(like)
+        if codec.block:
+            return Packed(like, codec, self.sinks, self.recent_window + self.spare)
+        return Growing(like, room_of(codec.width, like.dtype))
 
-    def _window(self, residuals: Tensor, states: Tensor) -> Window:
-        return (Kept if self.keeps else Sliding)(residuals, self.recent_window, self.spare)
+    def _window(self, residuals: Tensor, length: int) -> Window:
+        if self.keeps:
+            return Kept(residuals, self.recent_window)
+        return Ring(residuals, length, self.recent_window, self.spare)
 
     # ------------------------------------------------------------ what comes after it
 
     def follow(self, handle: Handle, mask: Tensor | None) -> None:
-        """Store the sinks among the tokens that just came; ``mask`` is one of slots (`slot_mask`)."""
+        """Store the sinks among the tokens that just came, and pack; ``mask`` is one of slots (`slot_mask`)."""
         before = self.length - handle.new
         if handle.new > 1:
             refuse_right_padding(mask, self.length)
@@ -325,6 +334,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return
         for side in self.sides:
             side.buffer.take(left.clamp(min=0))
+            if isinstance(side.window, Ring):  # it slides only where generated tokens are not kept
+                side.window.shift(self.length - left.shape[1])
         self.length = left.shape[1]
         self.first = self.slots.first
         self._place_sinks()
@@ -455,7 +466,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _oldest(self) -> int:
         """The slot of the first token whose residual is held in the window."""
-        return self.length - self.key_side.window.tensors()[0].shape[2] if not self.keeps else self._kept_from()
+        window = self.key_side.window
+        return self.length - window.held if isinstance(window, Ring) else self._kept_from()
 
     def _kept_from(self) -> int:
         return max(0, self.prompt_length - self.recent_window - self.spare)

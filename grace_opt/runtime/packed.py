@@ -31,7 +31,8 @@ class Packed:
 
     def __init__(self, like: Tensor, codec: Codec, sinks: int, keep: int) -> None:
         self.codec, self.sinks, self.keep = codec, sinks, keep
-        self.head = self.last = like.new_empty(*like.shape[:2], 0, like.shape[3])
+        self.head = like.new_empty(*like.shape[:2], 0, like.shape[3])
+        self.last = self._few(like)
         self.blocks: list[Growing] = []  # what the codec packs a block into, [B, H, blocks, ..]
         self.length = 0  # slots
         self._due = 0  # the length at which a block may be due next
@@ -40,10 +41,21 @@ class Packed:
 
     # ------------------------------------------------------------ rows in slots
 
-    def append(self, rows: Tensor, at: int | Tensor) -> None:
-        self.last = torch.cat([self.last, rows], dim=2)
-        self.length = int(at) + rows.shape[2]
-        self._places = None
+    def _few(self, like: Tensor) -> Growing:
+        """For tokens as they came; it grows by as many as wait for a block to fill."""
+        return Growing(like, spare=self.codec.block)
+
+    def reserve(self, end: int | Tensor) -> None:
+        self.last.reserve(self.last.length + int(end) - self.length)
+        self.length, self._places = int(end), None
+
+    def put(self, rows: Tensor, at: int | Tensor) -> None:
+        self.last.put(rows, int(at) - self._held)
+
+    @property
+    def _held(self) -> int:
+        """The slot of the first token that is held as it came in all rows."""
+        return self.length - self.last.length
 
     def pack(self, firsts: Sequence[int]) -> None:
         if self.length < self._due:
@@ -59,25 +71,25 @@ class Packed:
                 self._pack(slice(None) if len(rows) == len(firsts) else torch.tensor(rows), first, have, count)
         if counts != self._counts:
             self._counts = counts
-            left = self.length - min(self._ends())
-            # A view would hold on to what was packed.
-            self.last = self.last[:, :, self.last.shape[2] - left :].clone()
+            left, tokens = self.length - min(self._ends()), self.last.tokens
+            self.last = self._few(tokens)
+            self.last.append(tokens[:, :, tokens.shape[2] - left :])
 
     def _pack(self, rows: slice | Tensor, first: int, have: int, count: int) -> None:
         """Pack the blocks ``have`` to ``count`` of some rows that begin at the slot ``first``."""
-        block, held = self.codec.block, self.length - self.last.shape[2]  # ``held``: the slot of the last ones' first
+        block, held, tokens = self.codec.block, self._held, self.last.tokens
         begin = self._begin(first)
-        old = self.last[rows, :, begin + block * have - held : begin + block * count - held]
+        old = tokens[rows, :, begin + block * have - held : begin + block * count - held]
         new = self.codec.pack(old.reshape(*old.shape[:2], count - have, block, old.shape[3]))
-        batch, heads, _, width = self.last.shape
+        batch, heads, _, width = tokens.shape
         if not self.blocks:
             self.blocks = [Growing(each[:1].expand(batch, *each.shape[1:])) for each in new]
-            self.head = self.last.new_zeros(batch, heads, self.sinks, width)
+            self.head = tokens.new_zeros(batch, heads, self.sinks, width)
         for growing, each in zip(self.blocks, new, strict=True):
-            growing.put(each, have, rows)
+            growing.put_some(each, have, rows)
         if have == 0:
             self.head = self.head.clone()  # inference mode and autograd forbid writing into what they have seen
-            self.head[rows] = self.last[rows, :, first - held : begin - held]
+            self.head[rows] = tokens[rows, :, first - held : begin - held]
 
     def _begin(self, first: int) -> int:
         """The slot of the first block of a row that begins at ``first``."""
@@ -107,7 +119,7 @@ class Packed:
         return self._next(self._due_counts(self.length + 1)) - 1 - self.length
 
     def crop(self, tokens: int) -> None:
-        self.last = self.last[:, :, : self.last.shape[2] - (self.length - tokens)]
+        self.last.crop(self.last.length - (self.length - tokens))
         self.length, self._places = tokens, None
 
     def take(self, slots: Tensor) -> None:
@@ -126,13 +138,14 @@ class Packed:
 
     @property
     def tokens(self) -> Tensor:
-        return torch.cat([self.head, self.last], dim=2) if self.head.shape[2] else self.last
+        last = self.last.tokens
+        return torch.cat([self.head, last], dim=2) if self.head.shape[2] else last
 
     def parts(self) -> Iterator[Tensor]:
         yield self.head
         for low in range(0, self.packed_tokens // self.codec.block, _BLOCKS):
-            yield self.codec.unpack(self.held(slice(low, low + _BLOCKS)), self.last.dtype).flatten(2, 3)
-        yield self.last
+            yield self.codec.unpack(self.held(slice(low, low + _BLOCKS)), self.last.buffer.dtype).flatten(2, 3)
+        yield self.last.tokens
 
     def places(self) -> Places | None:
         if not self.blocks or not any(self._firsts):
@@ -143,10 +156,10 @@ class Packed:
 
     def _found(self) -> Places:
         """Each slot's column, and each column's slot."""
-        device = self.last.device
+        device = self.last.buffer.device
         first, end = (torch.tensor(each, device=device)[:, None] for each in (self._firsts, self._ends()))
         left = self.head.shape[2] + self.packed_tokens  # columns before the last tokens
-        after = left + self.last.shape[2] - self.length  # of the last tokens, columns less slots
+        after = left + self.last.length - self.length  # of the last tokens, columns less slots
         slots, columns = (torch.arange(n, device=device) for n in (self.length, self.length + after))
         # The sinks and the blocks of a row lie side by side from its first column on.
         column = torch.where(slots >= end, slots + after, slots - first).clamp(min=0)
@@ -157,16 +170,17 @@ class Packed:
     # ------------------------------------------------------------ tensors
 
     def tensors(self) -> list[Tensor]:
-        return [self.head, self.last, *(each.buffer for each in self.blocks)]
+        return [self.head, self.last.buffer, *(each.buffer for each in self.blocks)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.head, self.last, self._places = change(self.head), change(self.last), None
+        self.head, self._places = change(self.head), None
+        self.last.each(change)
         for block in self.blocks:
             block.each(change)
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         self.each(change)
-        rows = followed(list(zip(self._firsts, self._counts, strict=True)), change, len(self.last))
+        rows = followed(list(zip(self._firsts, self._counts, strict=True)), change, len(self.last.buffer))
         self._firsts, self._counts = [first for first, _ in rows], [count for _, count in rows]
 
 

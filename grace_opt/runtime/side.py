@@ -30,10 +30,10 @@ class Side:
         """Whether tokens are held as they come."""
         return isinstance(self.codec, Whole)
 
-    def append(self, states: Tensor, at: int | Tensor) -> Tensor:
-        """Store tokens [B, H, m, n] from slot ``at`` on; returns their residuals."""
+    def put(self, states: Tensor, at: int | Tensor) -> Tensor:
+        """Store tokens [B, H, m, n] from slot ``at`` on, for which there is room; returns their residuals."""
         rows = self.codec.encode(states)
-        self.buffer.append(rows, at)
+        self.buffer.put(rows, at)
         return self.codec.residual(states, rows)
 
     def make_room(self, sinks: int, room: int) -> None:

@@ -11,7 +11,7 @@ from grace_opt.compression.codec import Codec
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.heads import Kind
-from grace_opt.runtime.buffers import Buffer, FixedKept, FixedSliding, Preallocated, Window, fix
+from grace_opt.runtime.buffers import Buffer, FixedKept, Preallocated, Ring, Window, fix, room_of
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.side import Side
@@ -48,12 +48,12 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         fix(self.length, self.first, self._oldest_slot)
 
     def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
-        return Preallocated(like, self.max_length)
+        return Preallocated(like, self.max_length, room_of(codec.width, like.dtype))
 
-    def _window(self, residuals: Tensor, states: Tensor) -> Window:
-        if not self.keeps:
-            return FixedSliding(residuals, self.recent_window, self.spare)
-        return FixedKept(residuals, states.shape[2], self.recent_window, self.max_length)
+    def _window(self, residuals: Tensor, length: int) -> Window:
+        if self.keeps:
+            return FixedKept(residuals, length, self.recent_window, self.max_length)
+        return Ring(residuals, length, self.recent_window, self.spare, fixed=True)
 
     def _side(self, kind: Kind, states: Tensor, codec: Codec) -> Side:
         side = super()._side(kind, states, codec)

@@ -81,4 +81,4 @@ def _packed(side: Side) -> Packed | None:
     buffer = side.buffer
     if not isinstance(buffer, PackedBuffer) or not buffer.blocks or not isinstance(side.codec, Integers):
         return None
-    return side.codec.packed(buffer.held(), buffer.last.dtype)
+    return side.codec.packed(buffer.held(), buffer.last.buffer.dtype)
