@@ -195,6 +195,13 @@ class Window(Protocol):
         [B, H, _, e], up to the last token, or in a preallocated cache that keeps generated tokens from its first slot
         on."""
 
+    def place(self, length: int) -> Tensor:
+        """[B, H, e], where the residual of the last of ``length`` tokens goes, which just came."""
+
+    def runs(self, length: int) -> list[tuple[int, int, int]]:
+        """Of the tokens that the last query may see whole: first slot, last slot + 1, index in the tensor that holds
+        them, for those that lie side by side."""
+
     def crop(self, count: int, length: int) -> None:
         """Forget the last ``count`` tokens, all but ``length``."""
 
@@ -248,6 +255,21 @@ class Ring:
         count = residuals.shape[2]
         self.rows.index_copy_(2, self._at(length - count, count), residuals)
 
+    def place(self, length: int) -> Tensor:
+        self.held = min(self.held + 1, self.size)
+        if self.rows.is_inference() and not torch.is_inference_mode_enabled():
+            self.rows = self.rows.clone()
+        return self.rows[:, :, (length - 1) % self.size]
+
+    def runs(self, length: int) -> list[tuple[int, int, int]]:
+        begin, found = max(0, length - min(self.held, self.recent)), []
+        while begin < length:
+            index = begin % self.size
+            end = min(length, begin + self.size - index)
+            found.append((begin, end, index))
+            begin = end
+        return found
+
     def shift(self, count: int) -> None:
         """The number of each slot becomes smaller by ``count``."""
         self.rows = self.rows.roll(-count, dims=2)
@@ -273,6 +295,14 @@ class Kept:
     def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:
         self.rows.append(residuals)
         return self.seen
+
+    def place(self, length: int) -> Tensor:
+        self.rows.reserve(self.rows.length + 1)
+        return self.rows.tokens[:, :, -1]
+
+    def runs(self, length: int) -> list[tuple[int, int, int]]:
+        index = max(0, self.prompt - self.recent)
+        return [(length - self.rows.length + index, length, index)]
 
     @property
     def seen(self) -> Tensor:
@@ -304,6 +334,13 @@ class FixedKept:
         at = length - residuals.shape[2] - self.begins + torch.arange(residuals.shape[2], device=residuals.device)
         self.rows.index_copy_(2, at, residuals)
         return self.seen
+
+    def place(self, length: int) -> Tensor:
+        return self.rows[:, :, length - 1 - self.begins]
+
+    def runs(self, length: int) -> list[tuple[int, int, int]]:
+        index = max(0, self.prompt - self.recent)
+        return [(self.begins + index, length, index)]
 
     @property
     def seen(self) -> Tensor:

@@ -24,6 +24,7 @@ from grace_opt.errors import InputError
 from grace_opt.heads import KINDS
 from grace_opt.models.attention import NAME, PREFIXES, Ours, require_attention_interface, switch
 from grace_opt.models.config import text_config
+from grace_opt.runtime.kernels.choose import check_name
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.ragged import RaggedLayer
 from grace_opt.runtime.static import StaticPrunedLayer
@@ -112,6 +113,7 @@ def cache(
     value_bits: int | None = None,
     generated: Literal["keep", "prune"] | None = None,
     offload: bool = False,
+    kernel: str | None = None,
 ) -> PrunedCache:
     """A new, empty cache for ``model(..., past_key_values=...)`` and ``model.generate``.
 
@@ -124,6 +126,7 @@ def cache(
         value_bits: the same of values.
         generated: ``prune`` generated tokens as they leave the recent window, or ``keep`` them whole.
         offload: keep each layer's tensors on the CPU but while it attends.
+        kernel: ``cpu``, ``triton`` or ``plain``, to decode with no other; None: the best that can (docs/cache.md).
 
     Raises:
         InputError: for a mask of another model, a mask that this runtime cannot execute (pruned prefill), a model whose
@@ -140,7 +143,7 @@ def cache(
             raise InputError(f"this mask asks for {given.prefill} prefill, and the runtime can only run full prefill")
         given = given.plan
     bits = {kind: each for kind, each in zip(KINDS, (key_bits, value_bits), strict=True) if each is not None}
-    return _assembled(model, given.changed(generated=generated, bits=bits), max_length, offload)
+    return _assembled(model, given.changed(generated=generated, bits=bits), max_length, offload, kernel)
 
 
 def online_cache(
@@ -154,6 +157,7 @@ def online_cache(
     value_bits: int | None = None,
     generated: Literal["keep", "prune"] | None = None,
     offload: bool = False,
+    kernel: str | None = None,
 ) -> PrunedCache:
     """As `cache`, but each prompt chooses what is kept of it, layer by layer, right after its attention was computed.
 
@@ -171,10 +175,13 @@ def online_cache(
         policy, [i for i, each in enumerate(layers) if type(each) is DynamicLayer], Budget(ratio, value_ratio)
     )
     bits = {kind: each for kind, each in zip(KINDS, (key_bits, value_bits), strict=True) if each is not None}
-    return _assembled(model, plan.changed(generated=generated, bits=bits), max_length, offload)
+    return _assembled(model, plan.changed(generated=generated, bits=bits), max_length, offload, kernel)
 
 
-def _assembled(model: PreTrainedModel, plan: CachePlan, max_length: int | None, offload: bool) -> PrunedCache:
+def _assembled(
+    model: PreTrainedModel, plan: CachePlan, max_length: int | None, offload: bool, kernel: str | None
+) -> PrunedCache:
+    check_name(kernel)
     config = text_config(model.config)
     if max_length is not None:
         _check_preallocated(plan, max_length)
@@ -194,6 +201,7 @@ def _assembled(model: PreTrainedModel, plan: CachePlan, max_length: int | None, 
         _check_sliding(layer_plan)
         layers[index] = _layer(layer_plan, max_length)
         layers[index].offloading = offload
+        layers[index].kernel = kernel
     past = PrunedCache(layers=layers)
     past._use(plan, model)
     return past

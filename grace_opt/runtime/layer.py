@@ -59,6 +59,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keeps = plan.windows.generated == "keep"
         self.spare = plan.windows.spare
         self.offloading = False
+        self.kernel: str | None = None  #: the only kernel to decode with, if one was asked for
         self.stepwise = False  #: whether tokens of one update see each other as if they came one by one
         self.reset()
 

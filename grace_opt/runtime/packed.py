@@ -50,10 +50,10 @@ class Packed:
         self.length, self._places = int(end), None
 
     def put(self, rows: Tensor, at: int | Tensor) -> None:
-        self.last.put(rows, int(at) - self._held)
+        self.last.put(rows, int(at) - self.held_from)
 
     @property
-    def _held(self) -> int:
+    def held_from(self) -> int:
         """The slot of the first token that is held as it came in all rows."""
         return self.length - self.last.length
 
@@ -77,7 +77,7 @@ class Packed:
 
     def _pack(self, rows: slice | Tensor, first: int, have: int, count: int) -> None:
         """Pack the blocks ``have`` to ``count`` of some rows that begin at the slot ``first``."""
-        block, held, tokens = self.codec.block, self._held, self.last.tokens
+        block, held, tokens = self.codec.block, self.held_from, self.last.tokens
         begin = self._begin(first)
         old = tokens[rows, :, begin + block * have - held : begin + block * count - held]
         new = self.codec.pack(old.reshape(*old.shape[:2], count - have, block, old.shape[3]))
@@ -90,6 +90,10 @@ class Packed:
         if have == 0:
             self.head = self.head.clone()  # inference mode and autograd forbid writing into what they have seen
             self.head[rows] = tokens[rows, :, first - held : begin - held]
+
+    def blocks_of(self, row: int) -> tuple[int, int]:
+        """The slot of the first block of a row of the batch, and how many it has."""
+        return self._begin(self._firsts[row]), self._counts[row]
 
     def _begin(self, first: int) -> int:
         """The slot of the first block of a row that begins at ``first``."""

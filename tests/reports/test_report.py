@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from grace_opt import GraphBundle, HeadGraph, load_bundle, save_bundle
 from grace_opt.compare import Comparison, compare
@@ -105,7 +105,7 @@ def test_every_picture_is_drawn(page: Page, tmp_path: Path, request: pytest.Fixt
     image = page.locator("#map .heatmaplayer image").first.bounding_box()
     assert image is not None
     assert image["width"] > 500
-    assert page.locator("#graph .scatterlayer .points path.point").count() == 64
+    expect(page.locator("#graph .scatterlayer .points path.point")).to_have_count(64)
     names = page.locator("#graph .legendtext").all_text_contents()
     assert {"kept (22)", "pruned (38)", "protected (4)"} <= set(names)
     background, text = page.evaluate(
@@ -158,7 +158,7 @@ def test_a_click_sorts(page: Page) -> None:
         assert figures(rising) == sorted(figures(rising))
         assert figures(falling) == sorted(figures(falling), reverse=True)
         assert rising != falling
-        assert page.locator(f"#{table} th[aria-sort=ascending], #{table} th[aria-sort=descending]").count() == 1
+        expect(page.locator(f"#{table} th[aria-sort=ascending], #{table} th[aria-sort=descending]")).to_have_count(1)
     page.locator("#records th:nth-child(2) button").click()
     assert column(page, "records", 2) == sorted(column(page, "records", 2))
     for _ in range(2):  # independent and greedy prove nothing: missing values stay last

@@ -83,7 +83,7 @@ def drawn(page: Page, picture: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_list_of_runs(visit: Open, setting: Setting, scheme: str) -> None:
     page = visit("/", scheme)
-    assert page.locator("#runs tbody tr").count() == 2
+    expect(page.locator("#runs tbody tr")).to_have_count(2)
     first = page.locator("#runs tbody tr").nth(1)
     assert first.locator("th a").get_attribute("href") == "/runs/1"
     assert HOSTILE in first.inner_text()  # as text
@@ -110,7 +110,7 @@ def test_a_run_is_submitted_and_watched(visit: Open, setting: Setting) -> None:
     expect(listed.locator("#runs tr[data-live]")).to_have_count(1)
     setting.cluster.gate.set()
     expect(page.locator("#state")).to_have_text("complete")  # by itself
-    assert page.locator("#masks tbody tr").count() == 4
+    expect(page.locator("#masks tbody tr")).to_have_count(4)
     expect(listed.locator("#runs tbody tr").first).to_contain_text("48 of 48")
     expect(listed.locator("#runs tr[data-live]")).to_have_count(0)
     setting.cluster.gate.clear()
@@ -137,7 +137,7 @@ def test_a_run(visit: Open, setting: Setting, scheme: str) -> None:
     rows = page.locator("#records tbody tr")
     assert rows.count() == len(records) == 36
     assert page.locator("#records tbody tr td:nth-child(1)").all_inner_texts() == [r["problem"] for r in records]
-    assert page.locator("#masks a").count() == 12
+    expect(page.locator("#masks a")).to_have_count(12)
     got = page.request.get(setting.url + str(page.locator("#masks a").first.get_attribute("href")))
     assert got.json()["format"] == "kv-channel-mask"
     page.locator("#set").select_option("1")
@@ -166,7 +166,7 @@ def test_a_head(visit: Open, setting: Setting) -> None:
     assert bound == sorted(bound)
     assert len(drawn(page, "time")) >= 1
     page.locator("#graph-solver").select_option("independent")
-    assert page.locator("#records tbody tr").count() == 3
+    expect(page.locator("#records tbody tr")).to_have_count(3)
     page.get_by_role("link", name="ratio 0.4").click()
     expect(page.locator("h1")).to_have_text(f"{HEAD}, ratio 0.4")
     assert "pruned (25)" in [trace["name"] for trace in drawn(page, "graph")]
@@ -193,7 +193,7 @@ def test_runs_side_by_side(visit: Open, setting: Setting) -> None:
         assert row == expected
     rows = page.locator("#summary tbody tr")
     assert rows.count() == 7
-    assert page.locator("#differences tbody tr").count() == 12
+    expect(page.locator("#differences tbody tr")).to_have_count(12)
     page.locator("#left").select_option(page.locator("#right").input_value())
     expect(page.locator("#overlap")).to_have_text("12 of 12 heads keep the same channels in both.")
 
@@ -287,6 +287,6 @@ def test_four_hundred_heads_by_eight_solvers(visit: Open, setting: Setting) -> N
     assert len(json.loads(payload)["sets"][0]["rows"]) == 3200
     page = visit(f"/runs/{run}")
     assert len(drawn(page, "kept")[0]["z"]) == 400
-    assert page.locator("#records tbody tr").count() == 50
+    expect(page.locator("#records tbody tr")).to_have_count(50)
     page.locator("#kept-solver").select_option("5")
     assert len(drawn(page, "kept")[0]["z"][0]) == 128
