@@ -1,13 +1,13 @@
 """Loops over vectors of eight floats, written as LLVM code for numba, whose own vectoriser does not find them.
 
+Over 400 lines: the loops, and the small language that they are written in.
+
 Each function here returns a numba intrinsic, which takes int64 only: addresses, strides in elements, counts. So one
 compiled loop reads any layout whose last dimension is dense. LLVM makes of eight floats what the CPU has: one register
 with AVX, two with NEON. NaN goes through every loop.
 
 What is stored is ``float32``, ``float16`` or ``bfloat16``, or packed integers of 2, 4 or 8 bits
 (`compression.integers`); scores, weights and sums are float32. Nothing is read beyond the last element.
-
-Over 400 lines: the loops, and the small language that they are written in.
 """
 
 from __future__ import annotations
