@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, Self
 
-from grace_opt.engines.dask_workers import dask_package, own_defaults
+from grace_opt.engines.dask_workers import dask_package, deaf_workers, own_defaults
 from grace_opt.engines.outcome import Outcome, failed, is_batched
-from grace_opt.engines.supervisor import Supervisor, deaf_to
+from grace_opt.engines.supervisor import Supervisor
 from grace_opt.errors import InputError
 from grace_opt.problem import SubsetProblem
 from grace_opt.solution import Limits, RawResult, Solver
@@ -267,7 +266,7 @@ class Cluster:
         with dask.config.set(settings):
             if self.scheduler is None:
                 try:
-                    with deaf_to(signal.SIGINT, signal.SIGTERM):
+                    with deaf_workers():
                         self._local = _local_cluster(self._workers)
                 except (OSError, RuntimeError, TimeoutError) as error:
                     raise InputError(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
 import logging
+import multiprocessing
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from grace_opt.engines.supervisor import deaf_to
@@ -60,7 +64,7 @@ def run_workers(scheduler: str, count: int) -> None:
         except Exception as error:
             trouble.append(error)
 
-    with deaf_to(signal.SIGINT, signal.SIGTERM):
+    with deaf_workers():
         thread = threading.Thread(target=run, name="workers")
         thread.start()
     try:
@@ -70,3 +74,21 @@ def run_workers(scheduler: str, count: int) -> None:
         thread.join()
     if trouble and not stop.is_set():
         raise InputError(f"the workers for {scheduler} ended ({trouble[0]}); see that there is one, and run again")
+
+
+@contextmanager
+def deaf_workers() -> Iterator[None]:
+    """Workers that are begun here do not hear Ctrl-C nor SIGTERM; those that Dask leaves are killed at exit.
+
+    It leaves one that is still starting when it is closed. multiprocessing would end that by SIGTERM, and wait for it.
+    """
+    atexit.unregister(_kill_left)
+    atexit.register(_kill_left)  # runs before what multiprocessing does at exit
+    with deaf_to(signal.SIGINT, signal.SIGTERM):
+        yield
+
+
+def _kill_left() -> None:
+    for child in multiprocessing.active_children():
+        if child.name.startswith("Dask Worker process"):
+            child.kill()

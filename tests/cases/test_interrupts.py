@@ -77,6 +77,21 @@ def test_worker_ends_in_order() -> None:
         scheduler.wait()
 
 
+def test_a_worker_that_dask_leaves_is_killed_at_exit() -> None:
+    """One that does not hear SIGTERM, by which multiprocessing would end it."""
+    program = """if __name__ == "__main__":
+    import multiprocessing, time
+    from grace_opt.engines.dask_workers import deaf_workers
+    with deaf_workers():
+        context = multiprocessing.get_context("spawn")
+        left = context.Process(target=time.sleep, args=(600,), name="Dask Worker process (from Nanny)", daemon=True)
+        left.start()
+    print(left.pid)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert not psutil.pid_exists(int(done.stdout))
+
+
 def test_a_configuration_of_dask_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("{: bad")
     with started("worker", "tcp://127.0.0.1:1", DASK_CONFIG=str(tmp_path / "bad.yaml")) as process:
