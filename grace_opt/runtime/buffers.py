@@ -66,13 +66,12 @@ class Growing:
     Args:
         like: [B, H, _, ..], of the dtype and device of the rows.
         room: elements that a row takes, if more than its width; the others are zero.
-        spare: tokens that it grows by at least.
     """
 
     fixed = 0
 
-    def __init__(self, like: Tensor, room: int = 0, spare: int = 0) -> None:
-        self.width, self.spare = like.shape[-1], spare
+    def __init__(self, like: Tensor, room: int = 0) -> None:
+        self.width = like.shape[-1]
         self.buffer = like.new_empty(*like.shape[:2], 0, *like.shape[3:-1], max(room, self.width))
         self.length = 0
 
@@ -101,7 +100,7 @@ class Growing:
         held, used = self.buffer, min(self.length, end)
         if end <= held.shape[2] and not (used and _frozen(held)):
             return held
-        capacity = end + (max(end // 128, self.spare) if used else 0)
+        capacity = end + (end // 128 if used else 0)
         fresh = held.new_zeros if held.shape[-1] > self.width else held.new_empty
         grown = fresh(*held.shape[:2], capacity, *held.shape[3:])
         grown[:, :, :used] = held[:, :, :used]
@@ -250,15 +249,17 @@ class Ring:
         return torch.cat([old, residuals], dim=2)
 
     def _write(self, residuals: Tensor, length: int | Tensor) -> None:
-        if not torch.compiler.is_compiling() and _frozen(self.rows):
-            self.rows = self.rows.clone()
+        self._let_write()
         count = residuals.shape[2]
         self.rows.index_copy_(2, self._at(length - count, count), residuals)
 
+    def _let_write(self) -> None:
+        if not torch.compiler.is_compiling() and _frozen(self.rows):
+            self.rows = self.rows.clone()
+
     def place(self, length: int) -> Tensor:
         self.held = min(self.held + 1, self.size)
-        if self.rows.is_inference() and not torch.is_inference_mode_enabled():
-            self.rows = self.rows.clone()
+        self._let_write()
         return self.rows[:, :, (length - 1) % self.size]
 
     def runs(self, length: int) -> list[tuple[int, int, int]]:
@@ -301,8 +302,7 @@ class Kept:
         return self.rows.tokens[:, :, -1]
 
     def runs(self, length: int) -> list[tuple[int, int, int]]:
-        index = max(0, self.prompt - self.recent)
-        return [(length - self.rows.length + index, length, index)]
+        return [(length - self.seen.shape[2], length, self.rows.length - self.seen.shape[2])]
 
     @property
     def seen(self) -> Tensor:
@@ -339,7 +339,7 @@ class FixedKept:
         return self.rows[:, :, length - 1 - self.begins]
 
     def runs(self, length: int) -> list[tuple[int, int, int]]:
-        index = max(0, self.prompt - self.recent)
+        index = self.rows.shape[2] - self.seen.shape[2]
         return [(self.begins + index, length, index)]
 
     @property

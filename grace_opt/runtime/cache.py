@@ -199,9 +199,8 @@ def _assembled(
                 "leave the layer out of the mask"
             )
         _check_sliding(layer_plan)
-        layers[index] = _layer(layer_plan, max_length)
+        layers[index] = _layer(layer_plan, max_length, kernel)
         layers[index].offloading = offload
-        layers[index].kernel = kernel
     past = PrunedCache(layers=layers)
     past._use(plan, model)
     return past
@@ -233,9 +232,11 @@ def _packs(plan: LayerPlan) -> bool:
     return packed or bool(chosen and (chosen.key_bits or chosen.value_bits))
 
 
-def _layer(plan: LayerPlan, max_length: int | None) -> PrunedLayer | RaggedLayer:
+def _layer(plan: LayerPlan, max_length: int | None, kernel: str | None) -> PrunedLayer | RaggedLayer:
     def made(part: LayerPlan) -> PrunedLayer:
-        return PrunedLayer(part) if max_length is None else StaticPrunedLayer(part, max_length)
+        layer = PrunedLayer(part) if max_length is None else StaticPrunedLayer(part, max_length)
+        layer.kernel = kernel
+        return layer
 
     groups: dict[Any, list[int]] = {}
     for head in range(plan.heads or 0):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
@@ -14,8 +13,6 @@ from grace_opt.models.attention import NAME
 if TYPE_CHECKING:
     from grace_opt.runtime.layer import PrunedLayer
     from grace_opt.runtime.ragged import RaggedLayer
-
-_NONE = torch.empty(0)
 
 
 class _Unreadable:
@@ -43,7 +40,7 @@ class Handle(_Unreadable):
         self.layer, self.new, self.prompt = layer, new, prompt
         self.pending: list[Tensor | None] = list(states)
         self.values: Tensor | None = None
-        self._stored: list[tuple[Tensor, Tensor]] = [(_NONE, _NONE)] * len(states)
+        self._stored: dict[int, tuple[Tensor, Tensor]] = {}  # side -> span and residuals, but of what a kernel stored
 
     def store(self, *sides: int) -> None:
         """Store the new tokens, of keys (0) or values (1) alone where ``sides`` says so."""
@@ -58,13 +55,13 @@ class Handle(_Unreadable):
     def spans(self) -> list[Tensor]:
         """Of keys and values: the residuals [B, H, _, e] that the new queries may see whole, in order of slots."""
         self.store()
-        return [span for span, _ in self._stored]
+        return [self._stored[i][0] for i in range(len(self.pending))]
 
     @property
     def residuals(self) -> list[Tensor]:
         """Of keys and values: those of the new tokens."""
         self.store()
-        return [residuals for _, residuals in self._stored]
+        return [self._stored[i][1] for i in range(len(self.pending))]
 
 
 class RaggedHandle(_Unreadable):

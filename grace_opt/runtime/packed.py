@@ -32,7 +32,7 @@ class Packed:
     def __init__(self, like: Tensor, codec: Codec, sinks: int, keep: int) -> None:
         self.codec, self.sinks, self.keep = codec, sinks, keep
         self.head = like.new_empty(*like.shape[:2], 0, like.shape[3])
-        self.last = self._few(like)
+        self.last = Growing(like)
         self.blocks: list[Growing] = []  # what the codec packs a block into, [B, H, blocks, ..]
         self.length = 0  # slots
         self._due = 0  # the length at which a block may be due next
@@ -40,10 +40,6 @@ class Packed:
         self._places: Places | None = None  # of this length, once it was asked for
 
     # ------------------------------------------------------------ rows in slots
-
-    def _few(self, like: Tensor) -> Growing:
-        """For tokens as they came; it grows by as many as wait for a block to fill."""
-        return Growing(like, spare=self.codec.block)
 
     def reserve(self, end: int | Tensor) -> None:
         self.last.reserve(self.last.length + int(end) - self.length)
@@ -72,7 +68,7 @@ class Packed:
         if counts != self._counts:
             self._counts = counts
             left, tokens = self.length - min(self._ends()), self.last.tokens
-            self.last = self._few(tokens)
+            self.last = Growing(tokens)
             self.last.append(tokens[:, :, tokens.shape[2] - left :])
 
     def _pack(self, rows: slice | Tensor, first: int, have: int, count: int) -> None:

@@ -56,16 +56,6 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for part in self.parts:
             part.offloading = value
 
-    @property
-    def kernel(self) -> str | None:
-        """As of `PrunedLayer`."""
-        return self.parts[0].kernel
-
-    @kernel.setter
-    def kernel(self, value: str | None) -> None:
-        for part in self.parts:
-            part.kernel = value
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """As of `PrunedLayer`."""
         self.plan.check(key_states, value_states)

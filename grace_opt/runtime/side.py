@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grace_opt.compression.codec import Codec, Whole
+from grace_opt.compression.integers import Integers
 from grace_opt.runtime.buffers import Buffer, Window
 
 
@@ -24,6 +25,11 @@ class Side:
 
     def __init__(self, codec: Codec, buffer: Buffer, window: Window, whole: Tensor) -> None:
         self.codec, self.buffer, self.window, self.whole = codec, buffer, window, whole
+
+    @property
+    def bits(self) -> int:
+        """Of packed integers; 0 where rows are held as they are."""
+        return self.codec.bits if isinstance(self.codec, Integers) else 0
 
     @property
     def exact(self) -> bool:

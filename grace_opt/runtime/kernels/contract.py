@@ -59,3 +59,10 @@ class Kernel(Protocol):
 
     def attend(self, request: Request) -> Tensor:
         """Outputs [B, Hq, n, Dv]."""
+
+
+def one_token(request: Request) -> bool | str:
+    """Whether it is what a decoding kernel takes: True, or the reason why not."""
+    if request.new > 1 or request.dropout or request.changed is not None:
+        return "it decodes one token of each row, without dropout, from the cache's own values"
+    return True

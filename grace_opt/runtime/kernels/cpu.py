@@ -24,7 +24,7 @@ from grace_opt.compression.channels import Channels
 from grace_opt.compression.codec import Codec, Whole
 from grace_opt.compression.integers import GROUP, Integers
 from grace_opt.problem import IntArray
-from grace_opt.runtime.kernels.contract import Request
+from grace_opt.runtime.kernels.contract import Request, one_token
 from grace_opt.runtime.packed import Packed
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class CpuKernel:
 
     def reads(self, layer: PrunedLayer) -> bool | str:
         """True on a CPU with AVX2 and FMA, for what the kernel can decode."""
-        bits = [side.codec.bits if isinstance(side.codec, Integers) else 0 for side in layer.sides]
+        bits = [side.bits for side in layer.sides]
         if layer.first.device.type != "cpu" or layer.offloading:
             return "it reads what lies in the memory of a CPU"
         if layer.dtype not in _FORMATS:
@@ -79,8 +79,8 @@ class CpuKernel:
 
     def takes(self, request: Request) -> bool | str:
         """True for one token of each row, outside of training, if the model did not change the values."""
-        if request.new > 1 or request.dropout or request.changed is not None:
-            return "it decodes one token of each row, without dropout, from the cache's own values"
+        if (answer := one_token(request)) is not True:
+            return answer
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return "it has no gradient, and is not compiled into a graph"
         if request.handle.layer.columns < SHORTEST:
@@ -197,8 +197,9 @@ class _Layer:
         heads = layer.key_side.whole.shape[1]
         group = query_heads // heads
         floats = decode.scratch_floats(group, *(side.width + side.residual for side in sides))
-        bits = [side.codec.bits if isinstance(side.codec, Integers) else 0 for side in layer.sides]
-        work = decode.compiled(decode.queries_at_a_time(group), _FORMATS[layer.dtype], *bits)
+        work = decode.compiled(
+            decode.queries_at_a_time(group), _FORMATS[layer.dtype], *(side.bits for side in layer.sides)
+        )
         row_bytes = sum(side.codec.nbytes(GROUP, layer.dtype.itemsize) for side in layer.sides) // GROUP
         queries = decode.padded_queries(group)
         return cls((keys, values), layer.batch, heads, group, queries, floats, row_bytes, work)
@@ -251,16 +252,7 @@ def _segments(layer: PrunedLayer, b: int, first: int, length: int, element: int)
     def whole(tensors: Sequence[Tensor], index: int) -> list[int]:
         """Addresses and strides of residuals [B, H, _, e]."""
         return [
-            number
-            for each in tensors
-            for number in (
-                (0, 0)
-                if not each.shape[3]
-                else (
-                    each.data_ptr() + element * (b * each.stride(0) + index * each.stride(2)),
-                    each.stride(1) * element,
-                )
-            )
+            number for rows in tensors for number in (_row(rows, b, index, element)[:2] if rows.shape[3] else (0, 0))
         ]
 
     if not count:  # padding, where it is held

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grace_opt.compression.integers import Integers, Packed
 from grace_opt.runtime.kernels import triton
-from grace_opt.runtime.kernels.contract import Request
+from grace_opt.runtime.kernels.contract import Request, one_token
 from grace_opt.runtime.packed import Packed as PackedBuffer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class TritonKernel:
 
     def reads(self, layer: PrunedLayer) -> bool | str:
         """True on a card of compute capability 8.0 or higher, for what the kernel can decode."""
-        bits = [side.codec.bits if isinstance(side.codec, Integers) else 0 for side in layer.sides]
+        bits = [side.bits for side in layer.sides]
         if any(side.codec.block and not isinstance(side.codec, Integers) for side in layer.sides):
             return "it unpacks integers only"
         if 3 in bits or (0 in bits and max(bits)):
@@ -40,8 +40,8 @@ class TritonKernel:
 
     def takes(self, request: Request) -> bool | str:
         """True for one token of each row, outside of training, if the model did not change the values."""
-        if request.new > 1 or request.dropout or request.changed is not None:
-            return "it decodes one token of each row, without dropout, from the cache's own values"
+        if (answer := one_token(request)) is not True:
+            return answer
         if torch.is_grad_enabled() and request.query.requires_grad:
             return "it has no gradient"
         return True

@@ -23,7 +23,6 @@ from numba.core import cgutils as _cgutils
 from numba.extending import intrinsic
 
 LANES = 8
-GROUP = 32  #: tokens of a packed block, and channels of a packed value that share a scale
 FORMATS = {"float32": 4, "float16": 2, "bfloat16": 2}  #: bytes of an element
 
 _REGISTERS = 12  # vectors that are summed into at a time; AVX has 16 registers
