@@ -67,13 +67,12 @@ def records(tokens: int, dtype: torch.dtype, rounds: int = 15) -> list[dict[str,
         found.append(
             {
                 **vars(shape),
-                "tokens": tokens,
-                "bandwidth_gb_s": bandwidth / 1e9,
-                **{f"{name}_ms": 1e3 * seconds for name, seconds in times.items()},
-                "kernel_share": read / times["kernel"] / bandwidth,
-                "step_share": read / times["step"] / bandwidth,
-                "plain_share": read / times["plain"] / bandwidth,
-                "sdpa_share": full / times["sdpa"] / bandwidth,
+                "read GB/s": bandwidth / 1e9,
+                **{f"{name} ms": 1e3 * seconds for name, seconds in times.items()},
+                "kernel share": read / times["kernel"] / bandwidth,
+                "step share": read / times["step"] / bandwidth,
+                "plain share": read / times["plain"] / bandwidth,
+                "sdpa share": full / times["sdpa"] / bandwidth,
             }
         )
     return found

@@ -1,9 +1,11 @@
-"""The decode kernel on a card: time, bytes and bandwidth of one decoded token, against dense SDPA in the same run.
+"""The decode kernel: time, bytes and bandwidth of one decoded token, against dense SDPA in the same run.
 
     python benchmarks/kernel.py [--batch 16] [--context 32768] [--ratio 0.5 --ratio 0.6] [-f json]
+    python benchmarks/kernel.py --device cpu [--context 8192] [--dtype float32] [-f json]
 
-Needs CUDA and Triton. Prints one row a way of storing the cache, after the card's own copy bandwidth. ``error`` is the
-largest difference to the formula in float32. Kept widths are rounded to multiples of 8 channels, as 16-byte loads ask.
+On a CPU it prints a row for each shape of a layer (`cpu_kernel`). A card needs CUDA and Triton; there it prints one row
+a way of storing the cache, after the card's own copy bandwidth. ``error`` is the largest difference to the formula in
+float32. Kept widths are rounded to multiples of 8 channels, as 16-byte loads ask.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import cpu_kernel
 import torch
 import typer
 from rich.console import Console
@@ -127,19 +130,26 @@ def dense(shape: tuple[int, ...], group: int, **of: Any) -> tuple[Run, int]:
 
 
 def main(
+    device: str = "cuda",
     batch: int = 16,
-    context: int = 32768,
+    context: Annotated[int | None, typer.Option(help="32768 on a card, 8192 on a CPU if not given")] = None,
     kv_heads: int = 8,
     group: int = 4,
     head_dim: int = 128,
     ratio: Annotated[list[float] | None, typer.Option(help="share of channels that is pruned")] = None,
     sinks: int = 4,
     recent: int = 128,
-    dtype: str = "bfloat16",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 on a card, float32 on a CPU if not given")] = None,
     splits: Annotated[int | None, typer.Option(help="the kernel's own choice if not given")] = None,
     format: Annotated[str, typer.Option("-f", "--format")] = "table",
 ) -> None:
     """Measure and print."""
+    if device == "cpu":
+        context, dtype = context or 8192, dtype or "float32"
+        found = cpu_kernel.records(context, getattr(torch, dtype))
+        show(found, list(found[0]), f"CPU, {torch.get_num_threads()} threads, {context} tokens, {dtype}", format)
+        return
+    context, dtype = context or 32768, dtype or "bfloat16"
     if not torch.cuda.is_available():
         typer.echo("this benchmark times a CUDA kernel and this machine has no CUDA device; run it on one", err=True)
         raise typer.Exit(2)
@@ -190,17 +200,22 @@ def main(
         add(what, [lambda c=each: decode(**c.arguments, splits=splits) for each in caches], nbytes, error)
         del caches
 
+    title = f"{card.name}, {batch} x {kv_heads} KV heads of {group} queries, {context} tokens, {dtype}"
+    show(rows, list(rows[1]), title, format)
+
+
+def show(rows: list[dict[str, Any]], names: list[str], title: str, format: str) -> None:
+    """Print the rows, as a table or as JSON."""
     if format == "json":
         print(json.dumps({"records": rows}))
         return
-    title = f"{card.name}, {batch} x {kv_heads} KV heads of {group} queries, {context} tokens, {dtype}"
     table = Table(title=f"{title}, torch {torch.__version__}")
-    for name in rows[1]:
+    for name in names:
         table.add_column(name, justify="left" if name == "what" else "right")
     for entry in rows:
-        values = [entry.get(name) for name in rows[1]]
+        values = [entry.get(name) for name in names]
         table.add_row(*("" if v is None else v if isinstance(v, str) else f"{v:.3g}" for v in values))
-    Console(width=130).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
