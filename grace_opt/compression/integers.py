@@ -178,11 +178,7 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
     filler = rows[..., -1:].expand(*rows.shape[:-1], count * group - length if length else 0)
     groups = torch.cat([rows, filler], dim=-1).view(*rows.shape[:-1], count, group)
     low, high = groups.amin(-1), groups.amax(-1)
-    if not bool(((low >= -_LIMIT) & (high <= _LIMIT)).all()):  # false for NaN too
-        raise InputError(
-            "keys or values to quantise are not finite or beyond 65504, which float16 scales cannot reach; leave this "
-            "layer unquantised"
-        )
+    _refuse_unreachable(((low >= -_LIMIT) & (high <= _LIMIT)).all())  # false for NaN too
     stored = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     levels = 2**bits - 1
     zero = -_round_up(-low, stored)
@@ -193,6 +189,18 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
     return Packed(
         _pack(codes.flatten(-2)[..., :length].to(torch.uint8), bits), scale, zero, x.shape, x.dtype, bits, axis, group
     )
+
+
+def _refuse_unreachable(reached: Tensor) -> None:
+    """Raise InputError if false; in a compiled graph, which cannot, the device fails with the same sentence."""
+    sentence = (
+        "keys or values to quantise are not finite or beyond 65504, which float16 scales cannot reach; leave this "
+        "layer unquantised"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(reached, sentence)
+    elif not bool(reached):
+        raise InputError(sentence)
 
 
 def bits_per_element(packed: Packed) -> float:

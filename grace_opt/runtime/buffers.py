@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +31,12 @@ class Buffer(Protocol):
     def put(self, rows: Tensor, at: int | Tensor) -> None:
         """Store rows [B, H, m, width], the first of them at slot ``at``, where there is room."""
 
-    def pack(self, firsts: Sequence[int]) -> None:
-        """Pack what is old enough, ``firsts`` being the slot of each row's first token."""
+    def runs(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        """Of slots ``low`` to ``high`` - 1, held as they came: first slot, last slot + 1, index in the first of
+        `tensors`, for those that lie side by side."""
+
+    def pack(self, firsts: Any) -> None:
+        """Pack what is old enough, ``firsts`` being the slot of each row's first token, on the host or the device."""
 
     def parts(self) -> Iterator[Tensor]:
         """All rows in order of their columns, [B, H, _, width] at a time, in the dtype that they came in."""
@@ -106,7 +110,10 @@ class Growing:
         grown[:, :, :used] = held[:, :, :used]
         return grown
 
-    def pack(self, firsts: Sequence[int]) -> None:
+    def runs(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        return [(low, high, low)]
+
+    def pack(self, firsts: Any) -> None:
         pass
 
     @property
@@ -159,7 +166,10 @@ class Preallocated:
         positions = at + torch.arange(rows.shape[2], device=rows.device)
         self.tokens.index_copy_(2, positions, rows)
 
-    def pack(self, firsts: Sequence[int]) -> None:
+    def runs(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        return [(low, high, low)]
+
+    def pack(self, firsts: Any) -> None:
         pass
 
     def parts(self) -> Iterator[Tensor]:
@@ -194,8 +204,8 @@ class Window(Protocol):
         [B, H, _, e], up to the last token, or in a preallocated cache that keeps generated tokens from its first slot
         on."""
 
-    def place(self, length: int) -> Tensor:
-        """[B, H, e], where the residual of the last of ``length`` tokens goes, which just came."""
+    def place(self, length: int) -> int:
+        """Where in the tensor that holds them the residual of the last of ``length`` tokens goes, which just came."""
 
     def runs(self, length: int) -> list[tuple[int, int, int]]:
         """Of the tokens that the last query may see whole: first slot, last slot + 1, index in the tensor that holds
@@ -240,6 +250,8 @@ class Ring:
         if not self.size:  # nothing is held, but what came together is seen whole
             return residuals[:, :, : 0 if new == 1 else new]
         self.held = min(before + new, self.size)
+        if not residuals.shape[3]:
+            return residuals[:, :, :1].expand(-1, -1, min(self.held, self.recent) if new == 1 else before + new, 0)
         if new == 1:
             self._write(residuals, length)
             count = min(self.held, self.recent)
@@ -257,19 +269,13 @@ class Ring:
         if not torch.compiler.is_compiling() and _frozen(self.rows):
             self.rows = self.rows.clone()
 
-    def place(self, length: int) -> Tensor:
+    def place(self, length: int) -> int:
         self.held = min(self.held + 1, self.size)
         self._let_write()
-        return self.rows[:, :, (length - 1) % self.size]
+        return (length - 1) % self.size
 
     def runs(self, length: int) -> list[tuple[int, int, int]]:
-        begin, found = max(0, length - min(self.held, self.recent)), []
-        while begin < length:
-            index = begin % self.size
-            end = min(length, begin + self.size - index)
-            found.append((begin, end, index))
-            begin = end
-        return found
+        return ring_runs(max(0, length - min(self.held, self.recent)), length, self.size)
 
     def shift(self, count: int) -> None:
         """The number of each slot becomes smaller by ``count``."""
@@ -297,9 +303,9 @@ class Kept:
         self.rows.append(residuals)
         return self.seen
 
-    def place(self, length: int) -> Tensor:
+    def place(self, length: int) -> int:
         self.rows.reserve(self.rows.length + 1)
-        return self.rows.tokens[:, :, -1]
+        return self.rows.length - 1
 
     def runs(self, length: int) -> list[tuple[int, int, int]]:
         return [(length - self.seen.shape[2], length, self.rows.length - self.seen.shape[2])]
@@ -335,8 +341,8 @@ class FixedKept:
         self.rows.index_copy_(2, at, residuals)
         return self.seen
 
-    def place(self, length: int) -> Tensor:
-        return self.rows[:, :, length - 1 - self.begins]
+    def place(self, length: int) -> int:
+        return length - 1 - self.begins
 
     def runs(self, length: int) -> list[tuple[int, int, int]]:
         index = self.rows.shape[2] - self.seen.shape[2]
@@ -360,6 +366,22 @@ class FixedKept:
 def room_of(width: int, dtype: torch.dtype) -> int:
     """Elements that a row of this width takes: in 16 bits it begins at a multiple of 16 bytes, as cards load them."""
     return -(-width // 8) * 8 if dtype.itemsize == 2 else width
+
+
+def ring_runs(low: int, high: int, size: int) -> list[tuple[int, int, int]]:
+    """First slot, last slot + 1 and index of the slots ``low`` to ``high`` - 1 that lie side by side in a ring."""
+    found = []
+    while low < high:
+        index = low % size
+        end = min(high, low + size - index)
+        found.append((low, end, index))
+        low = end
+    return found
+
+
+def waits_for_no_device(tensor: Tensor) -> bool:
+    """Whether the host may look into it at no cost."""
+    return not torch.compiler.is_compiling() and not tensor.is_cuda
 
 
 def taken(rows: Tensor, slots: Tensor) -> Tensor:

@@ -210,8 +210,6 @@ def _check_preallocated(plan: CachePlan, max_length: int) -> None:
     if max_length < 1:
         raise InputError(f"max_length must be at least 1, got {max_length}")
     for layer in plan:
-        if _packs(layer):
-            raise InputError("integers need a cache that grows; leave out max_length, or key_bits and value_bits")
         if layer.tokens is not None:
             raise InputError("a token policy needs a cache that grows; leave out max_length")
 

@@ -48,6 +48,9 @@ class Packed:
     def put(self, rows: Tensor, at: int | Tensor) -> None:
         self.last.put(rows, int(at) - self.held_from)
 
+    def runs(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        return [(low, high, low - self.held_from)]
+
     @property
     def held_from(self) -> int:
         """The slot of the first token that is held as it came in all rows."""
@@ -132,9 +135,9 @@ class Packed:
         """How many columns are packed."""
         return self.codec.block * self.blocks[0].length if self.blocks else 0
 
-    def held(self, part: slice = slice(None)) -> list[Tensor]:
-        """What some of the blocks were packed into, [B, H, blocks, ..] each."""
-        return [each.tokens[:, :, part] for each in self.blocks]
+    def held(self) -> list[Tensor]:
+        """What the blocks were packed into, [B, H, blocks, ..] each."""
+        return [each.tokens for each in self.blocks]
 
     @property
     def tokens(self) -> Tensor:
@@ -143,8 +146,7 @@ class Packed:
 
     def parts(self) -> Iterator[Tensor]:
         yield self.head
-        for low in range(0, self.packed_tokens // self.codec.block, _BLOCKS):
-            yield self.codec.unpack(self.held(slice(low, low + _BLOCKS)), self.last.buffer.dtype).flatten(2, 3)
+        yield from unpacked(self.codec, self.held(), self.last.buffer.dtype)
         yield self.last.tokens
 
     def places(self) -> Places | None:
@@ -170,7 +172,7 @@ class Packed:
     # ------------------------------------------------------------ tensors
 
     def tensors(self) -> list[Tensor]:
-        return [self.head, self.last.buffer, *(each.buffer for each in self.blocks)]
+        return [self.last.buffer, self.head, *(each.buffer for each in self.blocks)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.head, self._places = change(self.head), None
@@ -182,6 +184,12 @@ class Packed:
         self.each(change)
         rows = followed(list(zip(self._firsts, self._counts, strict=True)), change, len(self.last.buffer))
         self._firsts, self._counts = [first for first, _ in rows], [count for _, count in rows]
+
+
+def unpacked(codec: Codec, held: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Rows [B, H, _, width] of packed blocks [B, H, blocks, ..], some at a time, so that few are unpacked at once."""
+    for low in range(0, held[0].shape[2] if held else 0, _BLOCKS):
+        yield codec.unpack([each[:, :, low : low + _BLOCKS] for each in held], dtype).flatten(2, 3)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,17 @@ from grace_opt.compression.codec import Codec
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.heads import Kind
-from grace_opt.runtime.buffers import Buffer, FixedKept, Preallocated, Ring, Window, fix, room_of
+from grace_opt.runtime.buffers import (
+    Buffer,
+    FixedKept,
+    Preallocated,
+    Ring,
+    Window,
+    fix,
+    room_of,
+    waits_for_no_device,
+)
+from grace_opt.runtime.fixed_packed import FixedPacked
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.side import Side
@@ -48,6 +58,10 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         fix(self.length, self.first, self._oldest_slot)
 
     def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
+        if codec.block:
+            kept = self.max_length - self.prompt_length if self.keeps else 0
+            keep = self.recent_window + self.spare
+            return FixedPacked(like, codec, self.sinks, keep, self.max_length, kept, self.first, self.length)
         return Preallocated(like, self.max_length, room_of(codec.width, like.dtype))
 
     def _window(self, residuals: Tensor, length: int) -> Window:
@@ -66,7 +80,7 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         return self.max_length
 
     def _grow(self, new: int) -> None:
-        if not torch.compiler.is_compiling() and not self.length.is_cuda:
+        if waits_for_no_device(self.length):
             after = int(self.length) + new
             if after > self.max_length:
                 raise InputError(
@@ -93,9 +107,22 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         """Store the sinks among the tokens that just came."""
         if handle.new > 1 and not torch.compiler.is_compiling():
             refuse_right_padding(mask, int(self.length))
-        if self.sink_count:
+        packs = any(side.codec.block for side in self.sides)
+        if (self.sink_count or packs) and self._may_bring_firsts(handle.new):
             self._find_first(mask, self.max_length)
             self._put_residuals(handle.residuals, self.length - handle.new, handle.new)
+        if packs and not self.keeps:
+            self._pack()
+
+    def _pack(self) -> None:
+        for side in self.sides:
+            side.buffer.pack(self.first)
+
+    def _may_bring_firsts(self, new: int) -> bool:
+        """False once each row's first token and sinks are known to have come, which is asked where the host may."""
+        if not waits_for_no_device(self.length):
+            return True
+        return int(self.length) - new < int(self.first.max()) + max(self.sink_count, 1)
 
     def _find_first(self, mask: Tensor | None, length: int) -> None:
         if mask is not None:

@@ -284,12 +284,67 @@ def test_integers_follow_beams_and_chunks(more: dict[str, int]) -> None:
     assert (exact == rounded).float().mean() > 0.9
 
 
-def test_integers_can_be_cropped_within_the_window() -> None:
+@pytest.mark.parametrize("bits", [{"key_bits": 4, "value_bits": 2}, {"key_bits": 3}, {"value_bits": 8}], ids=str)
+@pytest.mark.parametrize(("generated", "sinks"), [("prune", 2), ("prune", 0), ("keep", 3)])
+def test_preallocated_integers_are_those_of_a_growing_cache(bits: dict[str, int], generated: str, sinks: int) -> None:
+    """Rows that begin anywhere, one of them only after the prompt's first chunk; long chunks, and blocks due while
+    tokens come one by one; a beam that becomes another; a copy."""
+    model = tiny_model("Llama", num_hidden_layers=1, max_position_embeddings=512)
+    mask = random_mask(model, 7, values=9, recent_window=6, sinks=sinks, readout="static", generated=generated)
+    ids = torch.randint(3, 99, (4, 330), generator=torch.Generator().manual_seed(3))
+    attended = torch.ones_like(ids)
+    for row, padding in enumerate((45, 0, 7, 110)):
+        attended[row, :padding] = 0
+    found = []
+    for room in ({}, {"max_length": 330}):
+        past = grace_opt.runtime.cache(mask, model, kernel="plain", **bits, **room)
+        logits = logits_of(model, past, [100, 30, *[1] * 70, 90, 1, 1], ids, attended)
+        past.reorder_cache(torch.tensor([1, 1, 0, 3]))
+        other = copy.deepcopy(past)
+        for each in (past, other):
+            logits += logits_of(model, each, [*[1] * 3, 20], ids, attended[[1, 1, 0, 3]])
+        found.append(logits)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("generated", ["prune", "keep"])
+def test_a_compiled_step_packs_integers_in_one_graph(generated: str) -> None:
+    model = tiny_model("Llama", num_hidden_layers=1, max_position_embeddings=512)
+    mask = random_mask(model, 7, values=9, recent_window=4, sinks=2, readout="static", generated=generated)
+    ids = torch.randint(3, 99, (2, 150), generator=torch.Generator().manual_seed(3))
+    attended = torch.ones_like(ids)
+    attended[0, :13] = 0
+    eager = logits_of(
+        model, grace_opt.runtime.cache(mask, model, key_bits=4, value_bits=4), [70, *[1] * 60], ids, attended
+    )
+    past = grace_opt.runtime.cache(mask, model, key_bits=4, value_bits=4, max_length=150)
+    ours = logits_of(model, past, [70], ids, attended)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        for at in range(70, 130):
+            positions = (attended.cumsum(-1) - 1)[:, at : at + 1]
+            seen = attended.clone()
+            seen[:, at + 1 :] = 0
+            out = step(input_ids=ids[:, at : at + 1], attention_mask=seen, position_ids=positions, past_key_values=past)
+            ours.append(out.logits[:, 0])
+    for mine, theirs in zip(ours, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+    counters = torch._dynamo.utils.counters
+    assert sum(counters["graph_break"].values()) == 0
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+@STATIC
+def test_integers_can_be_cropped_within_the_window(static: bool) -> None:
     model = tiny_model("Llama", max_position_embeddings=512)
     mask = random_mask(model, 7, values=8, recent_window=6, sinks=2)
     ids = torch.randint(3, 99, (1, 200))
     attended = torch.ones_like(ids)
-    once, again = (grace_opt.runtime.cache(mask, model, key_bits=4, value_bits=4) for _ in range(2))
+    room = {"max_length": 200} if static else {}
+    once, again = (grace_opt.runtime.cache(mask, model, key_bits=4, value_bits=4, **room) for _ in range(2))
     expected = logits_of(model, once, [100, *[1] * 8, 4], ids, attended)
     logits_of(model, again, [100, *[1] * 14], ids, attended)
     again.crop(-6)
@@ -462,7 +517,6 @@ def test_options_that_cannot_be_are_refused() -> None:
     for options, message in (
         ({"max_length": 0}, "max_length must be at least 1"),
         ({"key_bits": 5}, "2, 3, 4 or 8 bits, got 5"),
-        ({"key_bits": 4, "max_length": 9}, "integers need a cache that grows"),
     ):
         with pytest.raises(InputError, match=message):
             grace_opt.runtime.cache(mask, model, **options)

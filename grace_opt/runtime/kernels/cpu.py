@@ -8,31 +8,26 @@ from __future__ import annotations
 import ctypes
 import platform
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grace_opt.compression.channels import Channels
-from grace_opt.compression.codec import Codec, Whole
-from grace_opt.compression.integers import GROUP, Integers
-from grace_opt.problem import IntArray
+from grace_opt.compression.integers import Integers
 from grace_opt.runtime.kernels.contract import Request, one_token
-from grace_opt.runtime.packed import Packed
+from grace_opt.runtime.kernels.cpu_task import FORMATS, LayerTask, all_segments, bits_of, new_token
 
 if TYPE_CHECKING:
     from grace_opt.runtime.layer import PrunedLayer
-    from grace_opt.runtime.side import Side
 
 SHORTEST = 256  # tokens; a shorter cache is read by torch before this kernel would be loaded
-_FORMATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _SHARE = 512  # tokens of a KV head that are worth a thread's while
 _SMALL = 1 << 17  # bytes that one thread reads before others would have begun
 _NEEDED = ("avx2", "fma", "f16c")
@@ -58,7 +53,7 @@ class CpuKernel:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._layers: WeakKeyDictionary[PrunedLayer, _Layer] = WeakKeyDictionary()
+        self._layers: WeakKeyDictionary[PrunedLayer, LayerTask] = WeakKeyDictionary()
         self._scratch = threading.local()  # threads may run models side by side
 
     def __deepcopy__(self, memo: object) -> CpuKernel:
@@ -69,8 +64,8 @@ class CpuKernel:
         bits = [side.bits for side in layer.sides]
         if layer.first.device.type != "cpu" or layer.offloading:
             return "it reads what lies in the memory of a CPU"
-        if layer.dtype not in _FORMATS:
-            return f"it reads {', '.join(_FORMATS.values())}, not {str(layer.dtype).removeprefix('torch.')}"
+        if layer.dtype not in FORMATS:
+            return f"it reads {', '.join(FORMATS.values())}, not {str(layer.dtype).removeprefix('torch.')}"
         if 3 in bits or any(side.codec.block and not isinstance(side.codec, Integers) for side in layer.sides):
             return "it unpacks integers of 2, 4 or 8 bits only"
         if layer.extra is not None:
@@ -89,49 +84,43 @@ class CpuKernel:
 
     def attend(self, request: Request) -> Tensor:
         """Outputs [B, Hq, 1, Dv]; stores the new token if it was not stored yet."""
-        from grace_opt.runtime.kernels import decode
-
-        layer, query = request.handle.layer, request.query
+        handle, query = request.handle, request.query
+        layer, pending = handle.layer, handle.pending
         known = self._layers.get(layer)
         if known is None or not known.describes(layer):
-            known = self._layers[layer] = _Layer.of(layer, query.shape[1])
+            known = self._layers[layer] = LayerTask(layer, query.shape[1])
         keys, values = known.sides
         batch, heads, group = layer.batch, known.heads, known.group
         if not keys.native:
-            request.handle.store(0)
+            handle.store(0)
             both = keys.codec.asked(query.reshape(batch, heads, group, query.shape[-1]))
             query = torch.cat(both, dim=-1).view(batch, heads * group, 1, -1)
         if not values.native:
-            request.handle.store(1)
+            handle.store(1)
         query = query if query.stride(3) == 1 else query.contiguous()
         length, element = int(layer.length), query.element_size()
         out = query.new_empty(batch, 1, heads * group, values.width + values.residual)
         bias = _bias(request.mask)
 
-        states = [each if each is None or each.stride(3) == 1 else each.contiguous() for each in request.handle.pending]
-        new = [_new(side, each, length, element) for side, each in zip(layer.sides, states, strict=True)]
-        rows = [list(_segments(layer, b, first, length, element)) for b, first in enumerate(layer.first.tolist())]
-        count = max(map(len, rows))
-        segments = np.zeros((batch, count), decode.SEGMENT)
-        for b, each in enumerate(rows):
-            segments[b, : len(each)] = each
-
+        states = [each if each is None or each.stride(3) == 1 else each.contiguous() for each in pending]
+        places = [0 if states[i] is None else side.window.place(length) for i, side in enumerate(layer.sides)]
+        held = known.held(layer)  # room was made
+        new = [new_token(layer.sides[i], held[i], states[i], places[i], length) for i in (0, 1)]
+        segments, count = all_segments(layer, held, length)
         threads, pieces = _shares(batch * heads, length, known.row_bytes)
         items, floats = batch * heads * pieces, known.scratch_floats
-        scratch, left = self._room(items * floats, batch * heads)
-        left[: batch * heads] = pieces
-        task = np.zeros(1, decode.TASK)
-        task[0] = (
+        scratch, done = self._room(items * floats, batch * heads)
+        fields = (
             *(0, items, pieces, heads, group, known.queries),
-            *(segments.ctypes.data, count, scratch.ctypes.data, floats, left.ctypes.data),
+            *(segments.buffer_info()[0], count, scratch, floats, done),
             *(query.data_ptr(), query.stride(0) * element, query.stride(1) * element),
             *(out.data_ptr(), out.stride(0) * element, out.stride(2) * element),
             *((0, 0) if bias is None else (bias.data_ptr(), 4 * bias.stride(0) if len(bias) > 1 else 0)),
-            request.scaling,
-            *((*side.constants, *each) for side, each in zip(known.sides, new, strict=True)),
+            *(bits_of(request.scaling), *keys.constants, *new[0], *values.constants, *new[1]),
         )
-        _run(known.work, task.ctypes.data, threads)
-        request.handle.pending = [None, None]
+        task = array("q", fields)
+        _run(known.work, task.buffer_info()[0], threads)
+        handle.pending = [None, None]
         out = out.transpose(1, 2)
         if values.native:
             return out
@@ -139,78 +128,14 @@ class CpuKernel:
         whole = sums[..., values.width :] if values.residual else None
         return values.codec.read(sums[..., : values.width], whole).view(batch, heads * group, 1, -1)
 
-    def _room(self, floats: int, heads: int) -> tuple[Any, IntArray]:
-        """This thread's memory, at least so much of it."""
+    def _room(self, floats: int, heads: int) -> tuple[int, int]:
+        """Addresses of this thread's memory: at least so many float32, and a zero for each head."""
         held = getattr(self._scratch, "held", None)
-        if held is None or len(held[0]) < floats or len(held[1]) < heads:
-            held = self._scratch.held = np.empty(floats, np.float32), np.empty(heads, np.int64)
-        return held
-
-
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """Of keys or values, what does not change from token to token.
-
-    ``native``: whether the kernel gathers channels and applies read-outs itself. ``constants``: the first fields of a
-    `decode.SIDE`; the tensors that they point into are ``held``.
-    """
-
-    given: Codec
-    codec: Codec
-    native: bool
-    width: int
-    residual: int
-    constants: tuple[int, ...]
-    held: tuple[Tensor | None, ...]
-
-    @classmethod
-    def of(cls, given: Codec) -> _Side:
-        codec = given.inner if isinstance(given, Integers) else given
-        native = isinstance(codec, Channels | Whole)
-        held: tuple[Tensor | None, ...] = (None, None, None)
-        if isinstance(codec, Channels):
-            held = codec.order.contiguous(), _dense(codec.matrix), _dense(codec.constant)
-        own, fitted = (any(each is not None and len(each) > 1 for each in some) for some in (held[:1], held[1:]))
-        order, *readout = (0 if each is None or not each.numel() else each.data_ptr() for each in held)
-        width, residual = codec.width, codec.residual_width
-        return cls(given, codec, native, width, residual, (width, residual, own, order, fitted, *readout), held)
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """What does not change from token to token of a layer."""
-
-    sides: tuple[_Side, _Side]
-    batch: int
-    heads: int
-    group: int
-    queries: int
-    scratch_floats: int
-    row_bytes: int
-    work: int
-
-    @classmethod
-    def of(cls, layer: PrunedLayer, query_heads: int) -> _Layer:
-        from grace_opt.runtime.kernels import decode
-
-        keys, values = sides = tuple(_Side.of(side.codec) for side in layer.sides)
-        heads = layer.key_side.whole.shape[1]
-        group = query_heads // heads
-        floats = decode.scratch_floats(group, *(side.width + side.residual for side in sides))
-        work = decode.compiled(
-            decode.queries_at_a_time(group), _FORMATS[layer.dtype], *(side.bits for side in layer.sides)
-        )
-        row_bytes = sum(side.codec.nbytes(GROUP, layer.dtype.itemsize) for side in layer.sides) // GROUP
-        queries = decode.padded_queries(group)
-        return cls((keys, values), layer.batch, heads, group, queries, floats, row_bytes, work)
-
-    def describes(self, layer: PrunedLayer) -> bool:
-        pairs = zip(self.sides, layer.sides, strict=True)
-        return self.batch == layer.batch and all(known.given is side.codec for known, side in pairs)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+        if held is None or held[0].size < floats or held[1].size < heads:
+            held = self._scratch.held = np.empty(floats, np.float32), np.zeros(heads, np.int64)
+            self._scratch.addresses = held[0].ctypes.data, held[1].ctypes.data
+        addresses: tuple[int, int] = self._scratch.addresses
+        return addresses
 
 
 def _bias(mask: Tensor | None) -> Tensor | None:
@@ -221,89 +146,6 @@ def _bias(mask: Tensor | None) -> Tensor | None:
     if row.dtype == torch.bool:
         return torch.zeros(row.shape).masked_fill_(~row, lowest)
     return row.float().clamp(min=lowest).contiguous()
-
-
-def _new(side: Side, states: Tensor | None, length: int, element: int) -> tuple[int, ...]:
-    """The other fields of a `decode.SIDE`: the new token as it came, and where its row and residual go."""
-    if states is None:
-        return (0,) * 9
-    rest = side.window.place(length)
-    return (
-        *(states.data_ptr(), states.stride(0) * element, states.stride(1) * element),
-        *_rows(side, 0, length - 1, element)[:1],
-        *(each * element for each in _stored(side).stride()[:2]),
-        *(rest.data_ptr(), rest.stride(0) * element, rest.stride(1) * element),
-    )
-
-
-def _segments(layer: PrunedLayer, b: int, first: int, length: int, element: int) -> Iterator[tuple[int, ...]]:
-    """Records of a `decode.SEGMENT` for the tokens of a row of the batch, in order of their slots."""
-    near = layer.key_side.window.runs(length)
-    window = min((begin for begin, _, _ in near), default=length)
-    packed = next((side.buffer for side in layer.sides if isinstance(side.buffer, Packed)), None)
-    begin, count = (0, 0) if packed is None else packed.blocks_of(b)
-    sinks = min(first + layer.sink_count, window)
-
-    def plain(low: int, high: int, rests: Sequence[int] = (0, 0, 0, 0)) -> Iterator[tuple[int, ...]]:
-        if low < high:
-            found = (_rows(side, b, low, element) for side in layer.sides)
-            yield high - low, 0, low, *next(found), *next(found), *(0,) * 6, *rests
-
-    def whole(tensors: Sequence[Tensor], index: int) -> list[int]:
-        """Addresses and strides of residuals [B, H, _, e]."""
-        return [
-            number for rows in tensors for number in (_row(rows, b, index, element)[:2] if rows.shape[3] else (0, 0))
-        ]
-
-    if not count:  # padding, where it is held
-        yield from plain(0 if packed is None else packed.held_from, first)
-    if first < sinks:
-        rests = whole([side.whole for side in layer.sides], 0)
-        if count:
-            heads = ((side.buffer.head if isinstance(side.buffer, Packed) else None) for side in layer.sides)
-            places = [
-                _rows(side, b, first, element) if head is None else _row(head, b, 0, element)
-                for side, head in zip(layer.sides, heads, strict=True)
-            ]
-            yield sinks - first, 0, first, *places[0], *places[1], *(0,) * 6, *rests
-        else:
-            yield from plain(first, sinks, rests)
-    if count:
-        yield _packed(layer, b, begin, GROUP * count, element)
-    yield from plain(max(sinks, begin + GROUP * count), window)
-    for low, high, index in near:
-        yield from plain(low, high, whole([side.window.tensors()[0] for side in layer.sides], index))
-
-
-def _packed(layer: PrunedLayer, b: int, begin: int, tokens: int, element: int) -> tuple[int, ...]:
-    """Of the packed blocks of a row; the other side may hold them as rows."""
-    rows: list[int] = []
-    scales: list[int] = []
-    for side in layer.sides:
-        if not isinstance(side.buffer, Packed):
-            rows += _rows(side, b, begin, element)
-            scales += (0, 0, 0)
-            continue
-        codes, scale, zero = (each.buffer for each in side.buffer.blocks)
-        rows += (codes.data_ptr() + b * codes.stride(0), codes.stride(1), 0)
-        scales += (*(each.data_ptr() + 2 * b * each.stride(0) for each in (scale, zero)), 2 * scale.stride(1))
-    return tokens, 1, begin, *rows, *scales, 0, 0, 0, 0
-
-
-def _stored(side: Side) -> Tensor:
-    """[B, H, _, width]: where rows are held as they came."""
-    return side.buffer.last.buffer if isinstance(side.buffer, Packed) else side.buffer.tensors()[0]
-
-
-def _rows(side: Side, b: int, slot: int, element: int) -> tuple[int, int, int]:
-    """Of rows that are held as they came, from a slot on: address, bytes between heads, elements between rows."""
-    held_from = side.buffer.held_from if isinstance(side.buffer, Packed) else 0
-    return _row(_stored(side), b, slot - held_from, element)
-
-
-def _row(rows: Tensor, b: int, index: int, element: int) -> tuple[int, int, int]:
-    batch, head, row = rows.stride()[:3]
-    return rows.data_ptr() + element * (b * batch + index * row), head * element, row
 
 
 def _shares(heads: int, tokens: int, row_bytes: int) -> tuple[int, int]:
@@ -328,9 +170,14 @@ def _team() -> Callable[..., None] | None:
     return None
 
 
+@cache
+def _alone(work: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(work)
+
+
 def _run(work: int, task: int, threads: int) -> None:
     team = _team() if threads > 1 else None
     if team is None:
-        ctypes.CFUNCTYPE(None, ctypes.c_int64)(work)(task)
+        _alone(work)(task)
     else:
         team(work, task, threads, 0)

@@ -1,4 +1,4 @@
-"""One decoded token on a CPU: what a thread does for a task, compiled by numba (`cpu` describes the task).
+"""One decoded token on a CPU: what a thread does for a task, compiled by numba (`cpu_task` describes the task).
 
 A task has an item for each row of the batch, KV head and *piece*, a share of the tokens. Threads take items from a
 counter until none is left, so a thread that is held up delays its own item only. An item asks its tokens, takes their
@@ -51,7 +51,7 @@ SEGMENT = np.dtype([(name, np.int64) for name in (  # tokens in a row, of one ro
 TASK = np.dtype([
     *((name, np.int64) for name in (
         *("next", "items", "pieces", "heads", "group", "queries"),  # queries: of a group, up to whole passes
-        *("segments", "segment_count", "scratch", "scratch_floats", "left"),
+        *("segments", "segment_count", "scratch", "scratch_floats", "done"),
         *("query", "query_batch", "query_head", "out", "out_batch", "out_head", "bias", "bias_batch"),
     )),
     ("scaling", np.float64), ("key", SIDE), ("value", SIDE),
@@ -141,7 +141,8 @@ def compiled(many: int, form: str, key_bits: int, value_bits: int) -> int:
         folder = str(caching.FunctionCache(function).cache_path)
     if folder is None or not any(Path(folder).glob(f"*{suffix}*.nbi")):
         kept = f"kept in {folder}" if folder else "and again in every process: numba finds no folder to keep it in"
-        _LOG.warning("compiling the CPU kernel for %s, once for this machine, %s", form, kept)
+        bits = f", packed bits of keys and values {key_bits} and {value_bits}" if key_bits or value_bits else ""
+        _LOG.warning("compiling the CPU kernel for %s%s, once for this machine, %s", form, bits, kept)
     compiled = numba.cfunc("void(int64)", cache=folder is not None)(function)
     _COMPILED.append(compiled)  # what is let go of is unloaded
     return int(compiled.address)
@@ -180,7 +181,9 @@ def _work(address: int) -> None:
         head = item // task.pieces
         b, h = head // task.heads, head % task.heads
         _attend(task, item, b, h)
-        if fetch_add(task.left + 8 * head, -1) == 1:
+        done = task.done + 8 * head
+        if fetch_add(done, 1) == task.pieces - 1:
+            fetch_add(done, -task.pieces)  # none are done of the next token
             _join(task, item, b, h)
 
 
@@ -318,12 +321,15 @@ def _mix_block(segment: Any, h: int, at: int, width: int, weights: int, to: int,
     codes = segment.values + h * segment.values_head + block * 32 * stride
     scale, zero = zeros + 128 * groups, zeros + 128 * groups + 128
     for i in range(groups):
-        _every(scales + 4 * i, groups, scale)
-        _every(zeros + 4 * i, groups, zero)
+        if groups == 1:
+            scale, zero = scales, zeros
+        else:
+            _every(scales + 4 * i, groups, scale)
+            _every(zeros + 4 * i, groups, zero)
         first = 4 * VALUE_BITS * i
         value_mix(
             weights, TILE, scale, zero, codes + first, stride, 32, min(4 * VALUE_BITS, stride - first),
-            to + 128 * i, 32 * groups, zero + 128,
+            to + 128 * i, 32 * groups, spare + 256 * (groups + 1),
         )  # fmt: skip
 
 

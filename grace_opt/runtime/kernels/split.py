@@ -33,6 +33,8 @@ class TritonKernel:
             return "it reads integers of both sides or none, and codes within bytes"
         if layer.extra is not None:
             return "it knows no whole tokens but sinks and the recent window"
+        if layer.is_static and max(bits):
+            return "it reads integers of a cache that grows"
         if layer.is_static and layer.keeps:
             return "its window ends at the last token, and a preallocated one that keeps generated tokens does not"
         on_card = (layer.first.is_cuda or INTERPRETED) and triton.available(layer.first)

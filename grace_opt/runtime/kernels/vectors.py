@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types as _types
 from numba.core import cgutils as _cgutils
 from numba.extending import intrinsic
@@ -25,7 +26,11 @@ from numba.extending import intrinsic
 LANES = 8
 FORMATS = {"float32": 4, "float16": 2, "bfloat16": 2}  #: bytes of an element
 
-_REGISTERS = 12  # vectors that are summed into at a time; AVX has 16 registers
+_WIDE = bool(get_host_cpu_features().get("avx512vl"))  # then there are 32 registers, of 16
+_REGISTERS = 12  # vectors that are summed into at a time, where there are 16 registers
+_CODES_IN_A_PASS = (
+    {1: 8, 2: 8, 3: 8, 4: 4} if _WIDE else {1: 8, 2: 4, 3: 3, 4: 2}
+)  # by queries: no sum leaves its register
 _FLOAT, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 cgutils: Any = _cgutils  # untyped
 types: Any = _types
@@ -126,12 +131,15 @@ def packed_mix(queries: int, bits: int) -> Any:
     """``(p, p_stride, scale, zero, codes, row_stride, rows, row_bytes, out, out_stride, spare)``:
     out[g, i] += sum_r p[g, r] (zero[r] + scale[r] codes[r, i]), for 32 codes of each row.
 
+    A code c becomes the float 1 + c / 2^bits, whose bits are the code's behind those of 1: no conversion is needed, and
+    scales and zeros are changed to match.
+
     ``codes``: rows of packed integers, ``row_stride`` bytes apart, each with ``row_bytes`` bytes of them, 4 ``bits`` if
     all 32 are there; codes that are not there are undefined. ``scale`` and ``zero`` are float32, and so is ``spare``
     [queries, rows rounded up to eight, bits], which is written.
     """
     by_word, at_once = 32 // bits, LANES // bits  # codes of 32 bits, rows of a vector
-    in_a_pass = {1: 8, 2: 4, 3: 3, 4: 2}[queries]  # with which no sum leaves its register
+    in_a_pass = _CODES_IN_A_PASS[queries]
 
     def emit(
         c: _Code,
@@ -377,7 +385,7 @@ class _Code:
     def scaled_rows(
         self,
         queries: int,
-        times: int,
+        bits: int,
         p: Any,
         p_stride: Any,
         scale: Any,
@@ -386,19 +394,20 @@ class _Code:
         spare: Any,
         room: Any,
     ) -> list[Any]:
-        """Write p[g, r] scale[r], each so many times, and zeros beyond the last row; returns sum_r p[g, r] zero[r], in
-        all lanes."""
-        b = self.b
+        """Write p[g, r] scale[r] 2^bits, each ``bits`` times, and zeros beyond the last row; returns
+        sum_r p[g, r] (zero[r] - scale[r] 2^bits), in all lanes."""
+        b, span = self.b, self.splat(_FLOAT(2.0**bits))
         held = [self.sums(1)[0] for _ in range(queries)]
 
         def write(at: Any, lanes: Any = None) -> None:
-            by, plus = self.load(scale, at, lanes=lanes), self.load(zero, at, lanes=lanes)
+            by = b.fmul(self.load(scale, at, lanes=lanes), span)
+            plus = b.fsub(self.load(zero, at, lanes=lanes), by)
             for g in range(queries):
                 x = self.load(p, b.add(b.mul(_I64(g), p_stride), at), lanes=lanes)
                 self.add_product(x, plus, held[g])
-                product, to = b.fmul(x, by), b.add(b.mul(_I64(g), room), b.mul(at, _I64(times)))
-                for k in range(times):
-                    each = self.shuffle(product, product, [(LANES * k + lane) // times for lane in range(LANES)])
+                product, to = b.fmul(x, by), b.add(b.mul(_I64(g), room), b.mul(at, _I64(bits)))
+                for k in range(bits):
+                    each = self.shuffle(product, product, [(LANES * k + lane) // bits for lane in range(LANES)])
                     self.store(each, spare, b.add(to, _I64(LANES * k)))
 
         whole, rest = self.split(rows)
@@ -429,11 +438,15 @@ class _Code:
         return parts[0]
 
     def code(self, words: Any, bits: int, j: int) -> Any:
-        """Code j of each word, as floats."""
-        code = self.b.lshr(words, self.splat(_I32(j * bits), _INTS)) if j else words
-        if (j + 1) * bits < 32:
-            code = self.b.and_(code, self.splat(_I32(2**bits - 1), _INTS))
-        return self.b.sitofp(code, _FLOATS)
+        """1 + c / 2^bits for code j of each word, c."""
+        up = 23 - bits - j * bits  # to the top of the mantissa
+        code = (
+            self.b.shl(words, self.splat(_I32(up), _INTS))
+            if up >= 0
+            else self.b.lshr(words, self.splat(_I32(-up), _INTS))
+        )
+        code = self.b.and_(code, self.splat(_I32((2**bits - 1) << (23 - bits)), _INTS))
+        return self.b.bitcast(self.b.or_(code, self.splat(_I32(0x3F800000), _INTS)), _FLOATS)
 
     def in_order(self, sums: Sequence[Any], bits: int) -> list[Any]:
         """Sums over the rows of a vector of 32 codes each, in their order: four vectors.
