@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
+from grace_opt.graphs.grams import weighted_grams
 from grace_opt.graphs.observed import Observed, double
-
-_BLOCK = 1 << 22  # elements of the largest intermediate of `attention`
 
 
 def logit(seen: Observed) -> Tensor:
@@ -46,30 +45,23 @@ def attention(seen: Observed) -> Tensor:
     float32's rounding. O(G s T n^2) a head with s spans (w without).
     """
     heads, width = len(seen.keys), seen.queries.shape[1]
-    keys, tokens = seen.keys[:, seen.prunable].float(), seen.prunable.stop - seen.prunable.start
+    keys = seen.keys[:, seen.prunable].float()
     spans = min(seen.spans or width, width)
     member = (
         torch.arange(spans, device=keys.device)[:, None] == torch.arange(width, device=keys.device) * spans // width
     )
     share = member / member.sum(1, keepdim=True)
-    weights = torch.matmul(share, seen.attention.view(heads, -1, width, tokens)).flatten(1, 2)
+    weights = torch.matmul(share, seen.attention.view(heads, -1, width, keys.shape[1])).flatten(1, 2)
     queries = seen.grouped.float().view(heads, -1, 1, width, keys.shape[-1])
     grams = ((queries * member[:, :, None]).mT @ queries).flatten(1, 2)
-    W = torch.zeros_like(double(grams[:, 0]))
-    block = max(1, _BLOCK // keys[0].numel())
-    for head in range(heads):
-        # About the mean key, lest large means cancel in float32. Whole tokens count with key 0, so the rest of the
-        # weight, 1 - p.sum(), lies at minus that mean.
-        centre = keys[head].mean(0)
-        x = keys[head] - centre
-        transposed = x.mT.contiguous()
-        for low in range(0, len(weights[head]), block):
-            p = weights[head, low : low + block]
-            rest = (1 - p.sum(1))[:, None]
-            mean = p @ x - rest * centre
-            second = torch.matmul(transposed * p[:, None], x) + rest[..., None] * (centre[:, None] * centre)
-            covariance = second - mean[:, :, None] * mean[:, None]
-            W[head] += (grams[head, low : low + block] * covariance).sum(0, dtype=W.dtype)
+    # About the mean key, lest large means cancel in float32. Whole tokens count with key 0, so the rest of the weight,
+    # 1 - p.sum(), lies at minus that mean.
+    centre = keys.mean(1, keepdim=True)
+    x, rest = keys - centre, 1 - weights.sum(2, keepdim=True)
+    mean = weights @ x - rest * centre
+    covariance = weighted_grams(x, weights) + rest[..., None] * (centre.mT * centre)[:, None]
+    covariance -= mean[..., None] * mean[:, :, None]
+    W = double((grams * covariance).sum(1))
     return seen.scaling**2 * (W + W.mT) / 2
 
 

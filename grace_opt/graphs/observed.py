@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class OutputProjection:
 
     @cached_property
     def grams(self) -> Tensor | None:
-        """As of `Observed.output_grams`. O(hidden Hq nv (Hq nv + nv)). Raises InputError as `output_projection`."""
+        """As of `Observed.output_grams`. O(hidden Hq nv^2), and what `output_projection` takes and raises."""
         matrix = output_projection(self._attention, self._heads, self._like)
         return None if matrix is None else _grams(matrix, self._heads)
 
@@ -88,11 +88,18 @@ class Observed:
         Float32. They are those of the whole attention: the rows sum to less than 1, by what whole tokens receive.
         """
         tokens, width = self.keys.shape[1], self.queries.shape[1]
-        scores = torch.matmul(self.grouped.float() * self.scaling, self.keys.float().mT)
-        at = torch.arange(tokens - width, tokens, device=scores.device).repeat(scores.shape[1] // width)
-        age = at[:, None] - torch.arange(tokens, device=scores.device)
-        weights = scores.masked_fill_(age < 0, -torch.inf).softmax(-1)
-        return weights.mul_(age >= self.recent_window)[..., self.prunable]
+        at = torch.arange(tokens - width, tokens, device=self.keys.device)
+        # No query sees what came after it, and only the last queries have whole tokens that are prunable: all of these
+        # are among the last columns.
+        last = slice(max(0, tokens - width - self.recent_window), tokens)
+        age = at[:, None] - torch.arange(last.start, tokens, device=self.keys.device)
+        with torch.no_grad():
+            weights = torch.matmul(self.grouped.float() * self.scaling, self.keys.float().mT)
+            by_query = weights.view(len(weights), -1, width, tokens)[..., last]
+            by_query.masked_fill_(age < 0, -torch.inf)
+            torch.softmax(weights, -1, out=weights)
+            by_query.masked_fill_(age < self.recent_window, 0)
+        return weights[..., self.prunable]
 
     @cached_property
     def token_weights(self) -> Tensor:
@@ -110,16 +117,22 @@ def double(tensor: Tensor) -> Tensor:
 def output_projection(attention: Any, heads: int, values: Tensor) -> Tensor | None:
     """The matrix [hidden, heads * nv] of the projection after an attention module; None if it has no known name.
 
-    Found by running the layer on unit vectors of the dtype and on the device of ``values`` [.., nv], as its parameters
-    say nothing of adapters, scales of quantised weights, or where an offloaded weight is. O(hidden (heads nv)^2).
-    Raises InputError if the layer is not linear (but for a constant) within a tenth, as far as quantised
-    activations are.
+    The weight of a plain `torch.nn.Linear`. Any other layer is run on unit vectors of the dtype and on the device of
+    ``values`` [.., nv], as its parameters say nothing of adapters, scales of quantised weights, or where an offloaded
+    weight is: O(hidden (heads nv)^2). Raises InputError if that layer is not linear (but for a constant) within a
+    tenth, as far as quantised activations are.
     """
     for name in ("o_proj", "out_proj", "dense", "wo", "c_proj"):
         layer = getattr(attention, name, None)
         if isinstance(layer, torch.nn.Module):
-            return _matrix(layer, heads * values.shape[-1], values)
+            return layer.weight.detach() if _is_plain(layer) else _matrix(layer, heads * values.shape[-1], values)
     return None
+
+
+def _is_plain(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
+    """Whether a layer multiplies by its weight and does nothing else: no subclass, no hook, no forward of its own."""
+    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is torch.nn.Linear and not changed and not layer.weight.is_meta
 
 
 def _matrix(layer: torch.nn.Module, width: int, like: Tensor) -> Tensor:
@@ -142,5 +155,5 @@ def _matrix(layer: torch.nn.Module, width: int, like: Tensor) -> Tensor:
 
 
 def _grams(matrix: Tensor, heads: int) -> Tensor:
-    parts = double(matrix).view(len(matrix), heads, -1).movedim(1, 0)
-    return parts.mT @ parts
+    parts = matrix.float().view(len(matrix), heads, -1).movedim(1, 0)
+    return double(parts.mT @ parts)

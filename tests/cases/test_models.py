@@ -24,6 +24,7 @@ from grace_opt.cli.app import run as command
 from grace_opt.errors import InputError
 from grace_opt.evaluate import documents
 from grace_opt.graphs.calibrate import Calibration, calibrate
+from grace_opt.graphs.observed import output_projection
 from grace_opt.models.config import accepted_sha256, config_sha256
 from grace_opt.models.load import load_model
 from grace_opt.runtime.generate import generate
@@ -383,6 +384,23 @@ def test_value_graphs_are_those_of_the_merged_model(kind: Callable[[Any], Any]) 
     tolerance = 0.05 if kind is EightBits else 1e-4
     for ours, theirs in zip(value_graphs(model), value_graphs(merged), strict=True):
         assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("way", ["hook", "forward", "class"])
+def test_a_linear_layer_that_does_more_than_its_weight_is_run(way: str) -> None:
+    plain, changed = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5)
+    changed.load_state_dict(plain.state_dict())
+    if way == "hook":
+        changed.register_forward_hook(lambda layer, x, y: 2 * y)
+    elif way == "forward":
+        changed.forward = lambda x: 2 * plain(x)  # type: ignore[method-assign]
+    else:
+        changed = torch.nn.utils.parametrizations.weight_norm(changed)
+        changed.parametrizations.weight.original0.data *= 2
+    found = [output_projection(SimpleNamespace(o_proj=layer), 2, torch.zeros(1, 3)) for layer in (plain, changed)]
+    assert found[0] is not None
+    assert torch.equal(found[0], plain.weight)
+    torch.testing.assert_close(found[1], 2 * plain.weight.detach())
 
 
 @pytest.mark.parametrize("function", [torch.tanh, torch.nn.functional.relu, torch.nn.functional.dropout])
