@@ -263,16 +263,23 @@ def _with_readout(codec: Codec, recipe: ReadoutRecipe, rows: Sequence[tuple[Obse
     for row, (seen, old) in enumerate(rows):
         tokens = (seen.keys if kind == "key" else seen.values)[:, seen.prunable]
         order = inner.order[min(row, len(inner.order) - 1)]
-        ordered = tokens.gather(2, order[:, None].expand(tokens.shape))
         if not old:
-            ordered = torch.zeros_like(ordered)
-        # On what is stored: kept channels as they come back.
-        ordered = torch.cat([codec.stored(ordered[..., : inner.width]), ordered[..., inner.width :]], dim=2)
+            tokens = torch.zeros_like(tokens)
+        if codec is not inner:  # on what is stored: kept channels as they come back
+            kept = order[:, None, : inner.width].expand(*tokens.shape[:2], inner.width)
+            tokens = tokens.scatter(2, kept, codec.stored(tokens.gather(2, kept)))
         weights = seen.token_weights if recipe.readout_fit == "attention" else None
-        about.append(weighted_moments(ordered, weights, recipe.mixed(kind)))
+        about.append(_ordered(*weighted_moments(tokens, weights, recipe.mixed(kind)), order))
     mean, covariance = (torch.cat(each) for each in zip(*about, strict=True))
     fitted = fit_many(mean, covariance, inner.width, recipe.ridge, linear=linear)
     matrix, constant = (each.view(len(rows), -1, *each.shape[1:]).contiguous() for each in fitted)
     # The mean alone holds no matrix of zeros.
     read = replace(inner, matrix=matrix if linear else None, constant=constant).to(rows[0][0].keys)
     return read if inner is codec else replace(codec, inner=read)  # type: ignore[call-arg]
+
+
+def _ordered(mean: Tensor, covariance: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [H, n] and covariance [H, n, n] of channels in the order int64[H, n]."""
+    order = order.to(mean.device)
+    columns = covariance.gather(2, order[:, None].expand(covariance.shape))
+    return mean.gather(1, order), columns.gather(1, order[..., None].expand(covariance.shape))

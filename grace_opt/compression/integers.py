@@ -93,7 +93,7 @@ class Integers(Codec):
         return Packed(codes, scale, zero, shape, dtype, self.bits, self.axis, GROUP)
 
     def stored(self, z: Tensor) -> Tensor:
-        return quantise(z, self.bits, self.axis, GROUP).unpack()
+        return rounded(z, self.bits, self.axis, GROUP)
 
     def nbytes(self, tokens: int, itemsize: int) -> int:
         lines = self.width if self.axis == "channel" else GROUP
@@ -161,6 +161,31 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
         InputError: for elements that are not finite or beyond float16's 65504; for a tensor of integers or of fewer
             than two dimensions; for other bits or axes; for an empty group.
     """
+    along = _along(axis)
+    codes, scale, zero = _coded(x, bits, axis, group)
+    packed = _pack(codes.flatten(along - 1, along).narrow(along, 0, x.shape[along]).to(torch.uint8), bits, along)
+    scale, zero = scale.squeeze(along), zero.squeeze(along)
+    if axis == "channel":
+        packed, scale, zero = (each.mT.contiguous() for each in (packed, scale, zero))
+    return Packed(packed, scale, zero, x.shape, x.dtype, bits, axis, group)
+
+
+def rounded(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Tensor:
+    """What `quantise` and `unpack` make of x, to the bit, and nothing is packed. Raises InputError as `quantise`."""
+    along = _along(axis)
+    codes, scale, zero = _coded(x, bits, axis, group)
+    back = codes.mul_(scale.float()).add_(zero.float()).clamp_(-_LIMIT, _LIMIT)
+    return back.flatten(along - 1, along).narrow(along, 0, x.shape[along]).to(x.dtype)
+
+
+def _along(axis: Axis) -> int:
+    """The dimension of [..., T, d] that groups run along."""
+    return -2 if axis == "channel" else -1
+
+
+def _coded(x: Tensor, bits: Bits, axis: Axis, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, float32[..., G, group, d] for the axis ``channel``, [..., T, G, group] for ``token``; scales and zeros,
+    with 1 in place of the group. Left as x lies: to transpose codes is cheaper than to transpose numbers."""
     if bits not in get_args(Bits):
         raise InputError(f"packed integers have 2, 3, 4 or 8 bits, got {bits}")
     if axis not in get_args(Axis):
@@ -171,24 +196,25 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
         raise InputError(
             f"only floating-point tensors [..., tokens, channels] can be quantised, got {x.dtype}{list(x.shape)}"
         )
-    rows = (x.mT if axis == "channel" else x).float().contiguous()
-    length = rows.shape[-1]
+    along = _along(axis)
+    length = x.shape[along]
     count = math.ceil(length / group)
-    # The last group is filled up with its own last element, which changes neither its minimum nor its maximum.
-    filler = rows[..., -1:].expand(*rows.shape[:-1], count * group - length if length else 0)
-    groups = torch.cat([rows, filler], dim=-1).view(*rows.shape[:-1], count, group)
-    low, high = groups.amin(-1), groups.amax(-1)
+    numbers = x.detach().float()
+    if missing := count * group - length:
+        # The last group is filled up with its own last element, which changes neither its minimum nor its maximum.
+        shape = [*x.shape]
+        shape[along] = missing
+        numbers = torch.cat([numbers, numbers.narrow(along, length - 1, 1).expand(shape)], dim=along)
+    groups = torch.unflatten(numbers, along, (count, group))
+    low, high = groups.amin(along, keepdim=True), groups.amax(along, keepdim=True)
     _refuse_unreachable(((low >= -_LIMIT) & (high <= _LIMIT)).all())  # false for NaN too
     stored = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     levels = 2**bits - 1
     zero = -_round_up(-low, stored)
     scale = _round_up((high - zero.float()) / levels, stored)
     # A scale of 0 belongs to a group of elements that all equal its zero: any divisor makes their codes 0.
-    divisor = torch.where(scale > 0, scale.float(), 1.0)[..., None]
-    codes = ((groups - zero.float()[..., None]) / divisor).round_().clamp_(0, levels)
-    return Packed(
-        _pack(codes.flatten(-2)[..., :length].to(torch.uint8), bits), scale, zero, x.shape, x.dtype, bits, axis, group
-    )
+    divisor = torch.where(scale > 0, scale.float(), 1.0)
+    return (groups - zero.float()).div_(divisor).round_().clamp_(0, levels), scale, zero
 
 
 def _refuse_unreachable(reached: Tensor) -> None:
@@ -222,16 +248,23 @@ def _unit(bits: int) -> tuple[int, int]:
     return 8 // common, bits // common
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8[..., L] below 2^bits -> uint8[..., ceil(L bits / 8)], contiguous, in a storage of just that size."""
+def _pack(codes: Tensor, bits: int, along: int = -1) -> Tensor:
+    """uint8 below 2^bits, L along a dimension -> uint8, ceil(L bits / 8) there, in a storage of just that size."""
     per, size = _unit(bits)
-    length = codes.shape[-1]
+    length = codes.shape[along]
     units = math.ceil(length / per)
-    padded = torch.nn.functional.pad(codes, (0, units * per - length)).int().view(*codes.shape[:-1], units, per)
-    words = (padded << bits * torch.arange(per, device=codes.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    split = words[..., None] >> 8 * torch.arange(size, device=codes.device, dtype=torch.int32)
-    packed: Tensor = (split & 255).to(torch.uint8).flatten(-2)
-    return packed[..., : math.ceil(length * bits / 8)].clone(memory_format=torch.contiguous_format)
+    if missing := units * per - length:
+        codes = torch.nn.functional.pad(codes, (0, 0) * (-1 - along) + (0, missing))
+    # Codes of 2, 4 and 8 bits make single bytes, and need no wider words.
+    each = torch.unflatten(codes, along, (units, per)).to(torch.uint8 if size == 1 else torch.int32).unbind(along)
+    words = each[0]
+    for i in range(1, per):
+        words = words | each[i] << bits * i
+    if size == 1:
+        return words.contiguous()
+    parts = torch.stack([(words >> 8 * i) & 255 for i in range(size)], dim=along).to(torch.uint8)
+    packed: Tensor = parts.flatten(along - 1, along).narrow(along, 0, math.ceil(length * bits / 8))
+    return packed.clone(memory_format=torch.contiguous_format)
 
 
 def _unpack(packed: Tensor, bits: int, length: int) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grace_opt import InputError
-from grace_opt.compression.integers import Packed, bits_per_element, quantise
+from grace_opt.compression.integers import Packed, bits_per_element, quantise, rounded
 
 BITS: Any = [2, 3, 4, 8]
 AXES: Any = ["channel", "token"]
@@ -79,6 +79,13 @@ def test_error_is_at_most_half_a_scale(x: torch.Tensor, bits: Any, axis: Any, gr
         stored = ROUNDING[packed.zero.dtype]
         wide = (high - low + 2 * stored * low.abs() + 2.0**-24) / (2**bits - 1)
         assert (scale <= wide * (1 + 2 * stored) * (1 + 2.0**-20) + 2.0**-24).all()
+
+
+@given(x=tensors(), bits=st.sampled_from(BITS), axis=st.sampled_from(AXES), group=st.sampled_from([1, 7, 32, 64]))
+def test_rounding_alone_is_what_comes_back(x: torch.Tensor, bits: Any, axis: Any, group: int) -> None:
+    before = x.clone()
+    assert torch.equal(rounded(x, bits, axis, group), quantise(x, bits, axis, group).unpack())
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("axis", AXES)
