@@ -80,6 +80,7 @@ def weighted_moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> t
     """
     import torch
 
+    from grace_opt.graphs.moments import weighted_sums
     from grace_opt.graphs.observed import double
 
     x = tokens if tokens.dtype == torch.float64 else tokens.float()
@@ -87,8 +88,7 @@ def weighted_moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> t
     if weights is not None:
         share = (1 - mixing) * weights.to(share) + mixing * share
     mean = torch.matmul(share[:, None], x)
-    centred = x - mean
-    return double(mean[:, 0]), double(torch.matmul((centred * share[..., None]).mT, centred))
+    return double(mean[:, 0]), double(weighted_sums(x, share[:, None], mean)[1][:, 0])
 
 
 def moments(tokens: Tensor, weights: Tensor | None, mixing: float) -> list[Moments]:

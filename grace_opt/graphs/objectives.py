@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
-from grace_opt.graphs.grams import weighted_grams
+from grace_opt.graphs.moments import weighted_sums
 from grace_opt.graphs.observed import Observed, double
 
 
@@ -57,9 +57,10 @@ def attention(seen: Observed) -> Tensor:
     # About the mean key, lest large means cancel in float32. Whole tokens count with key 0, so the rest of the weight,
     # 1 - p.sum(), lies at minus that mean.
     centre = keys.mean(1, keepdim=True)
-    x, rest = keys - centre, 1 - weights.sum(2, keepdim=True)
-    mean = weights @ x - rest * centre
-    covariance = weighted_grams(x, weights) + rest[..., None] * (centre.mT * centre)[:, None]
+    rest = 1 - weights.sum(2, keepdim=True)
+    mean, covariance = weighted_sums(keys, weights, centre)
+    mean -= rest * centre
+    covariance += rest[..., None] * (centre.mT * centre)[:, None]
     covariance -= mean[..., None] * mean[:, :, None]
     W = double((grams * covariance).sum(1))
     return seen.scaling**2 * (W + W.mT) / 2
