@@ -130,9 +130,11 @@ def output_projection(attention: Any, heads: int, values: Tensor) -> Tensor | No
 
 
 def _is_plain(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
-    """Whether a layer multiplies by its weight and does nothing else: no subclass, no hook, no forward of its own."""
-    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return type(layer) is torch.nn.Linear and not changed and not layer.weight.is_meta
+    """Whether a layer multiplies by its weight and does nothing else: no subclass, of the weight neither (quantised
+    ones are), no hook, no forward of its own."""
+    if type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter or layer.weight.is_meta:
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def _matrix(layer: torch.nn.Module, width: int, like: Tensor) -> Tensor:
