@@ -131,4 +131,10 @@ def compared(source: Source, ids: list[int], runtime: str, tokens: list[int], to
 
 
 #: the targets by name; `TARGETS.register` adds one, as does the entry-point group ``grace_opt.targets``
-TARGETS: Table[type[Target]] = Table("target", "grace_opt.targets", {})
+TARGETS: Table[type[Target]] = Table(
+    "target",
+    "grace_opt.targets",
+    {
+        "hf-generate": "grace_opt.export.hf_generate:HFGenerate",
+    },
+)

@@ -1,0 +1,87 @@
+"""Every target that needs no other runtime passes the kit; refusals are sentences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grace_opt import InputError, KVMask
+from grace_opt.compression.plan import CachePlan
+from grace_opt.evaluate.documents import Document
+from grace_opt.export.run import export
+from grace_opt.testing.exports import check_refusal, check_target
+from tests.support.exports import SHORT, TEXTS, WORDS, tiny, tiny_mask
+
+LONG = [Document("words", f"{WORDS} {WORDS}", cut=True)]
+
+
+def packed(mask: KVMask) -> KVMask:
+    return replace(mask, plan=mask.plan.changed(bits={"key": 4, "value": 4}))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"ragged": True}, {"readout": "prefill"}, {"generated": "keep"}, {"values": None}, {"recent_window": 0}],
+    ids=str,
+)
+def test_hf_generate_conforms(variant: dict[str, Any]) -> None:
+    model, tokenizer = tiny()
+    check_target("hf-generate", tiny_mask(model, **variant), model, tokenizer, TEXTS, prefix=60)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+def test_hf_generate_conforms_in_other_families(family: str) -> None:
+    model, tokenizer = tiny(family)
+    check_target("hf-generate", packed(tiny_mask(model)), model, tokenizer, TEXTS, prefix=90)
+
+
+def test_a_mask_that_prunes_the_prompt_is_refused() -> None:
+    model, _ = tiny()
+    sentence = check_refusal("hf-generate", replace(tiny_mask(model), prefill="pruned"), model.config)
+    assert sentence == (
+        "the target hf-generate runs prompts whole, and this mask asks for pruned prefill; solve for full prefill"
+    )
+
+
+def test_generate_goes_on_with_what_it_returned_and_with_nothing_else(tmp_path: Path) -> None:
+    model, tokenizer = tiny()
+    export(tiny_mask(model), model, tokenizer, "hf-generate", tmp_path / "one", **SHORT)
+    export(tiny_mask(model, seed=5), model, tokenizer, "hf-generate", tmp_path / "two" / "one", **SHORT)
+    ids = torch.randint(4, 99, (2, 40), generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"trust_remote_code": True, "do_sample": False, "return_dict_in_generate": True}
+
+    def decode(ids: torch.Tensor, folder: Path, **more: Any) -> Any:
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), custom_generate=str(folder), eos_token_id=None, **options, **more
+        )
+
+    whole = decode(ids, tmp_path / "one", max_new_tokens=12)
+    first = decode(ids, tmp_path / "one", max_new_tokens=6)
+    rest = decode(first.sequences, tmp_path / "one", max_new_tokens=6, past_key_values=first.past_key_values)
+    assert torch.equal(rest.sequences, whole.sequences)
+    other = decode(ids, tmp_path / "two" / "one", max_new_tokens=12)  # a folder of one name, with another mask
+    held = [each.past_key_values.plan.widths("key") for each in (whole, other)]
+    assert held[0] == held[1]
+    kept = [[c.keep.tolist() for c in each.past_key_values.plan.layers[0].codecs["key"]] for each in (whole, other)]
+    assert kept[0] != kept[1]
+    with pytest.raises(ValueError, match="is no compressed cache; leave it out"):
+        decode(ids, tmp_path / "one", max_new_tokens=6, past_key_values=model(ids).past_key_values)
+    card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    assert "| KL to the uncompressed model, nats a token | " in card
+    assert "custom_generate" in card
+
+
+def test_the_kit_finds_what_is_wrong() -> None:
+    model, tokenizer = tiny()
+    with pytest.raises(AssertionError, match="is not registered"):
+        check_target("nothing", tiny_mask(model), model, tokenizer, TEXTS)
+    with pytest.raises(AssertionError, match="takes this mask"):
+        check_refusal("hf-generate", tiny_mask(model), model.config)
+    with pytest.raises(AssertionError, match="the kit needs a mask that the target runs"):
+        check_target("hf-generate", replace(tiny_mask(model), prefill="pruned"), model, tokenizer, TEXTS)
+    with pytest.raises(InputError, match="unknown target"):
+        export(KVMask("m", 2, 16, CachePlan({})), model, tokenizer, "hf_generate", "nowhere")
