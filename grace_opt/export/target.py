@@ -107,11 +107,20 @@ class Checked:
     largest: float | None
 
 
-def compared(source: Source, ids: list[int], runtime: str, tokens: list[int], told: Tensor | None = None) -> Checked:
+def compared(
+    source: Source,
+    ids: list[int],
+    runtime: str,
+    tokens: list[int],
+    told: Tensor | None = None,
+    *,
+    prompt: int | None = None,
+) -> Checked:
     """Tokens that a runtime decoded after a prompt beside our cache, which is fed the same.
 
     ``told``: log-probabilities before each token, [n] of these tokens or [n, vocabulary]; None: not known. A tie that
-    rounding decides otherwise is seen as one, and what follows it is still compared.
+    rounding decides otherwise is seen as one, and what follows it is still compared. ``prompt``: of ``ids``, how many
+    our cache reads as a prompt, and not token by token; all if left out.
     """
     import torch
 
@@ -119,9 +128,10 @@ def compared(source: Source, ids: list[int], runtime: str, tokens: list[int], to
     from grace_opt.runtime.generate import forced
 
     device = input_device(source.model)
-    decoded = torch.tensor(tokens, device=device)
-    run, _ = forced(source.model, torch.tensor([ids], device=device), decoded, source.mask.plan)
-    ours = run.logits.log_softmax(-1)
+    count = len(ids) if prompt is None else prompt
+    fed = torch.tensor([*ids[count:], *tokens], device=device)
+    run, _ = forced(source.model, torch.tensor([ids[:count]], device=device), fed, source.mask.plan)
+    ours, decoded = run.logits.log_softmax(-1)[len(ids) - count :], fed[len(ids) - count :]
     own = ours.gather(1, decoded[:, None])[:, 0]
     behind = float((ours.amax(-1) - own).max())
     largest = None
@@ -136,5 +146,6 @@ TARGETS: Table[type[Target]] = Table(
     "grace_opt.targets",
     {
         "hf-generate": "grace_opt.export.hf_generate:HFGenerate",
+        "kv-store": "grace_opt.export.kv_store:KVStoreTarget",
     },
 )

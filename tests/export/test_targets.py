@@ -85,3 +85,20 @@ def test_the_kit_finds_what_is_wrong() -> None:
         check_target("hf-generate", replace(tiny_mask(model), prefill="pruned"), model, tokenizer, TEXTS)
     with pytest.raises(InputError, match="unknown target"):
         export(KVMask("m", 2, 16, CachePlan({})), model, tokenizer, "hf_generate", "nowhere")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"ragged": True}, {"readout": "prefill"}, {"readout": "prefill", "ragged": True}, {"values": None}],
+    ids=str,
+)
+def test_kv_store_conforms(variant: dict[str, Any]) -> None:
+    model, tokenizer = tiny()
+    for mask in (tiny_mask(model, **variant), packed(tiny_mask(model, **variant))):
+        check_target("kv-store", mask, model, tokenizer, TEXTS, prefix=100)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+def test_kv_store_conforms_in_other_families(family: str) -> None:
+    model, tokenizer = tiny(family)
+    check_target("kv-store", packed(tiny_mask(model)), model, tokenizer, TEXTS, prefix=90)
