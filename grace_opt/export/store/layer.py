@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from grace_opt.heads import KINDS, Kind
 if TYPE_CHECKING:
     from grace_opt.graphs.observed import Observed
 
-_STEP = 1 << 12  # tokens that are encoded or decoded at a time, a multiple of all blocks: they stay in the CPU's cache
+_STEP = 1 << 11  # tokens that are encoded or decoded at a time, a multiple of all blocks: they stay in the CPU's cache
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,14 @@ class LayerStore:
 
     def __init__(self, plan: LayerPlan | None, heads: int, dims: dict[Kind, int]) -> None:
         self.plan, self.heads, self.dims = plan, heads, dims
-        self.groups: dict[Kind, list[tuple[list[int], LayerPlan, Codec]]] = {
-            kind: [] if plan is None or kind not in plan.codecs else list(_grouped(plan, kind, dims[kind]))
-            for kind in KINDS
+        self.groups: dict[Kind, list[Group]] = {
+            kind: [] if plan is None or kind not in plan.codecs else groups_of(plan, kind, dims[kind]) for kind in KINDS
         }
 
     @property
     def fits(self) -> bool:
         """Whether read-outs are fitted to each prompt."""
-        return any(_fitted(part, codec) for groups in self.groups.values() for _, part, codec in groups)
+        return any(group.fitted for groups in self.groups.values() for group in groups)
 
     def old(self, kind: Kind, tokens: int) -> slice:
         """The tokens that are not whole."""
@@ -69,92 +69,134 @@ class LayerStore:
             old = self.old(kind, tokens)
             count = old.stop - old.start
             found.append(Array((rows, self.heads, tokens - count, self.dims[kind]), dtype))
-            for heads, part, codec in self.groups[kind] if count else ():
-                lead = (rows, len(heads))
-                found += [Array((*lead, *shape), _fine(dtype)) for shape in _fitted(part, codec).values()]
-                found += [Array((*lead, *shape), held) for shape, held in _held(codec, count, dtype)]
+            for group in self.groups[kind] if count else ():
+                found += group.arrays(rows, count, dtype)
         return found
 
     def encode(self, keys: Tensor, values: Tensor, dtype: torch.dtype, seen: Sequence[Observed]) -> Iterator[Tensor]:
         """The arrays of keys [B, H, T, n] and values [B, H, T, nv]; ``seen``: what each row's attention saw, if asked.
 
-        O(tokens), and O(tokens n^2) a head where read-outs are fitted.
+        O(tokens n), and O(tokens n^2) a head where read-outs are fitted. Raises InputError for numbers that are not
+        finite, or that what holds them does not reach.
         """
         for kind, states in zip(KINDS, (keys, values), strict=True):
             old = self.old(kind, states.shape[2])
             yield torch.cat([states[:, :, : old.start], states[:, :, old.stop :]], dim=2).to(dtype)
-            for heads, part, template in self.groups[kind] if old.stop > old.start else ():
-                tokens = states[:, heads, old] if len(heads) < self.heads else states[:, :, old]
-                codec = template
-                if fitted := _fitted(part, template):
-                    rows = [(_of_heads(each, heads), True) for each in seen]
-                    inner = for_prompt(part, rows, kind, states[:, heads].float())
-                    inner = getattr(inner, "inner", inner)
-                    stored = {name: getattr(inner, name).to(_fine(dtype)) for name in fitted}
-                    if not all(bool(each.isfinite().all()) for each in stored.values()):
-                        raise InputError(
-                            f"the read-out of layer {part.index} does not fit {dtype}; store the cache in float32"
-                        )
-                    yield from stored.values()
-                    codec = _with(template, {name: each.float() for name, each in stored.items()})
-                yield from _packed(codec, tokens, dtype)
+            for group in self.groups[kind] if old.stop > old.start else ():
+                yield from group.encode(states, old, dtype, seen)
 
     def decode(self, arrays: Iterator[Tensor], tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of full width, of what `encode` gave."""
+        """Keys and values of full width, of what `encode` gave. O(tokens n^2)."""
         both = []
         for kind in KINDS:
-            old = self.old(kind, tokens)
-            whole = next(arrays)
-            if old.stop == old.start:
-                both.append(whole.to(dtype))
-                continue
+            old, whole = self.old(kind, tokens), next(arrays)
             states = torch.empty(*whole.shape[:2], tokens, whole.shape[3], dtype=dtype)
             states[:, :, : old.start] = whole[:, :, : old.start]
             states[:, :, old.stop :] = whole[:, :, old.start :]
-            for heads, part, template in self.groups[kind]:
-                codec = template
-                if fitted := _fitted(part, template):
-                    codec = _with(template, {name: next(arrays).float() for name in fitted})
-                held = [next(arrays) for _ in _held(codec, 1, dtype)]
-                at = old.start
-                for piece in _unpacked(codec, held, old.stop - old.start):
-                    to = slice(at, at + piece.shape[2])
-                    if len(heads) < self.heads:
-                        states[:, heads, to] = piece.to(dtype)
-                    else:
-                        states[:, :, to] = piece
-                    at = to.stop
+            for group in self.groups[kind] if old.stop > old.start else ():
+                group.decode(arrays, states, old)
             both.append(states)
         return both[0], both[1]
 
 
-def _grouped(plan: LayerPlan, kind: Kind, n: int) -> Iterator[tuple[list[int], LayerPlan, Codec]]:
-    """KV heads whose codecs are alike, their part of the plan, and their codecs as one, [1, heads, ..] in float32."""
+@dataclass(frozen=True, eq=False)
+class Group:
+    """KV heads of a layer whose codecs are of one signature.
+
+    ``plan``: their part of the layer's; ``codec``: theirs as one, [1, heads, ..], float32, as far as the mask says it.
+    """
+
+    kind: Kind
+    heads: Sequence[int]
+    plan: LayerPlan
+    codec: Codec
+
+    @cached_property
+    def where(self) -> Any:
+        """The heads as an index; a slice, which copies nothing, where they lie side by side."""
+        first, last = self.heads[0], self.heads[-1]
+        return slice(first, last + 1) if last - first + 1 == len(self.heads) else list(self.heads)
+
+    @cached_property
+    def fitted(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what is fitted to each prompt for one head."""
+        inner, recipe = getattr(self.codec, "inner", self.codec), self.plan.readout
+        if recipe is None or recipe.readout_fit == "none" or not isinstance(inner, Channels):
+            return {}
+        if inner.constant is not None or inner.width == inner.n:
+            return {}
+        matrix = {} if recipe.readout_fit == "mean" else {"matrix": (inner.residual_width, inner.width)}
+        return {**matrix, "constant": (inner.residual_width,)}
+
+    @cached_property
+    def block(self) -> list[Array]:
+        """What a block of one head is packed into."""
+        zeros = torch.zeros(1, len(self.heads), 1, self.codec.block, self.codec.width)
+        return [Array(tuple(each.shape[3:]), each.dtype) for each in self.codec.pack(zeros)]
+
+    def arrays(self, rows: int, tokens: int, dtype: torch.dtype) -> list[Array]:
+        """What so many old tokens are stored as."""
+        lead = (rows, len(self.heads))
+        found = [Array((*lead, *shape), _fine(dtype)) for shape in self.fitted.values()]
+        if not self.codec.block:
+            return [*found, Array((*lead, tokens, self.codec.width), dtype)]
+        blocks = -(-tokens // self.codec.block)
+        return [*found, *(Array((*lead, blocks, *each.shape), each.dtype) for each in self.block)]
+
+    def encode(self, states: Tensor, old: slice, dtype: torch.dtype, seen: Sequence[Observed]) -> Iterator[Tensor]:
+        """The arrays of the old tokens of all heads' states."""
+        codec, states = self.codec, states[:, self.where]
+        if self.fitted:
+            rows = [(_of_heads(each, self.heads), True) for each in seen]
+            found = _innermost(for_prompt(self.plan, rows, self.kind, states.float()))
+            stored = {name: getattr(found, name).to(_fine(dtype)) for name in self.fitted}
+            if not all(bool(each.isfinite().all()) for each in stored.values()):
+                raise InputError(
+                    f"the read-out of layer {self.plan.index} does not fit {dtype}; store the cache in float32"
+                )
+            yield from stored.values()
+            codec = self._read_by(stored)
+        parts: list[Sequence[Tensor]] = []
+        for low in range(old.start, old.stop, _STEP):
+            rows_z = codec.encode(states[:, :, low : min(low + _STEP, old.stop)].float())
+            parts.append(_packed(codec, rows_z) if codec.block else [rows_z.to(dtype)])
+        yield from (torch.cat(each, dim=2) if len(each) > 1 else each[0] for each in zip(*parts, strict=True))
+
+    def decode(self, arrays: Iterator[Tensor], states: Tensor, old: slice) -> None:
+        """Put the old tokens into all heads' states."""
+        codec = self._read_by({name: next(arrays) for name in self.fitted})
+        held = [next(arrays) for _ in (self.block if codec.block else (codec,))]
+        per = codec.block or 1
+        for low in range(old.start, old.stop, _STEP):
+            high = min(low + _STEP, old.stop)
+            part = [each[:, :, (low - old.start) // per : -(-(high - old.start) // per)] for each in held]
+            rows = codec.unpack(part, torch.float32).flatten(2, 3) if codec.block else part[0].float()
+            states[:, self.where, low:high] = codec.read(rows[:, :, : high - low], None).to(states.dtype)
+
+    def _read_by(self, fitted: dict[str, Tensor]) -> Codec:
+        """The codec with what was fitted to a prompt."""
+        if not fitted:
+            return self.codec
+        fields: dict[str, Any] = {name: each.float() for name, each in fitted.items()}
+        inner = replace(_innermost(self.codec), **fields)
+        return replace(self.codec, inner=inner) if hasattr(self.codec, "inner") else inner  # type: ignore[call-arg]
+
+
+def groups_of(plan: LayerPlan, kind: Kind, n: int) -> list[Group]:
+    """The KV heads of a layer by the signature of their codecs."""
     codecs = [codec.sized(n) for codec in plan.codecs[kind]]
-    groups: dict[Any, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for head, codec in enumerate(codecs):
-        groups.setdefault(codec.signature(), []).append(head)
-    for heads in groups.values():
+        alike.setdefault(codec.signature(), []).append(head)
+    found = []
+    for heads in alike.values():
         together = stacked([codecs[head] for head in heads]).to(torch.empty(0, dtype=torch.float32))
-        yield heads, plan.part(heads), together.mapped(lambda tensor: tensor[None])
+        found.append(Group(kind, heads, plan.part(heads), together.mapped(lambda tensor: tensor[None])))
+    return found
 
 
-def _fitted(plan: LayerPlan, codec: Codec) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what is fitted to each prompt for one head."""
-    inner = getattr(codec, "inner", codec)
-    recipe = plan.readout
-    if recipe is None or recipe.readout_fit == "none" or not isinstance(inner, Channels):
-        return {}
-    if inner.constant is not None or inner.width == inner.n:
-        return {}
-    matrix = {} if recipe.readout_fit == "mean" else {"matrix": (inner.residual_width, inner.width)}
-    return {**matrix, "constant": (inner.residual_width,)}
-
-
-def _with(codec: Codec, fields: dict[str, Any]) -> Codec:
-    """The codec with fields of the innermost one replaced."""
-    inner = getattr(codec, "inner", None)
-    return replace(codec, **fields) if inner is None else replace(codec, inner=replace(inner, **fields))  # type: ignore[call-arg]
+def _innermost(codec: Codec) -> Codec:
+    return getattr(codec, "inner", codec)
 
 
 def _fine(dtype: torch.dtype) -> torch.dtype:
@@ -162,51 +204,24 @@ def _fine(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
-def _of_heads(seen: Observed, heads: list[int]) -> Observed:
+def _packed(codec: Codec, rows: Tensor) -> Sequence[Tensor]:
+    """Rows [B, h, m, width] in blocks; the last is filled up with its last token."""
+    missing = -rows.shape[2] % codec.block
+    if missing:
+        rows = torch.cat([rows, rows[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+    return codec.pack(rows.view(*rows.shape[:2], -1, codec.block, rows.shape[3]))
+
+
+def _of_heads(seen: Observed, heads: Sequence[int]) -> Observed:
     """What some KV heads saw, with the attention that was computed for all of them."""
-    count = len(seen.keys)
+    count, chosen = len(seen.keys), list(heads)
     part = replace(
         seen,
-        queries=seen.queries.view(count, -1, *seen.queries.shape[1:])[heads].flatten(0, 1),
-        keys=seen.keys[heads],
-        values=seen.values[heads],
+        queries=seen.queries.view(count, -1, *seen.queries.shape[1:])[chosen].flatten(0, 1),
+        keys=seen.keys[chosen],
+        values=seen.values[chosen],
         output=None,
         graphs={},
     )
-    part.__dict__["token_weights"] = seen.token_weights[heads]
+    part.__dict__["token_weights"] = seen.token_weights[chosen]
     return part
-
-
-def _held(codec: Codec, tokens: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """The shapes and dtypes of what so many tokens of one head are held as."""
-    if not codec.block:
-        return [((tokens, codec.width), dtype)]
-    blocks = -(-tokens // codec.block)
-    lead = next(iter(codec.tensors().values())).shape[:2] if codec.tensors() else (1, 1)
-    like = codec.pack(torch.zeros(*lead, 1, codec.block, codec.width))
-    return [((blocks, *each.shape[3:]), each.dtype) for each in like]
-
-
-def _packed(codec: Codec, tokens: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Tokens [B, h, m, n] as they are held; a last block is filled up with its last token."""
-    parts: list[Sequence[Tensor]] = []
-    for low in range(0, tokens.shape[2], _STEP):
-        rows = codec.encode(tokens[:, :, low : low + _STEP].float())
-        if not codec.block:
-            parts.append([rows.to(dtype)])
-            continue
-        missing = -rows.shape[2] % codec.block
-        if missing:
-            rows = torch.cat([rows, rows[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
-        parts.append(codec.pack(rows.view(*rows.shape[:2], -1, codec.block, rows.shape[3])))
-    return [torch.cat(each, dim=2) for each in zip(*parts, strict=True)]
-
-
-def _unpacked(codec: Codec, held: Sequence[Tensor], tokens: int) -> Iterator[Tensor]:
-    """The tokens [B, h, <= _STEP, n] that these were made of, as they are read back."""
-    per = codec.block or 1
-    for low in range(0, tokens, _STEP):
-        count = min(_STEP, tokens - low)
-        part = [each[:, :, low // per : -(-(low + count) // per)] for each in held]
-        rows = codec.unpack(part, torch.float32).flatten(2, 3) if codec.block else part[0].float()
-        yield codec.read(rows[:, :, :count], None)
