@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grace_opt.compression.apply import for_prompt
 from grace_opt.compression.channels import Channels
-from grace_opt.compression.codec import Codec, stacked
+from grace_opt.compression.codec import Codec, Whole, stacked
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.heads import KINDS, Kind
@@ -21,7 +21,7 @@ from grace_opt.heads import KINDS, Kind
 if TYPE_CHECKING:
     from grace_opt.graphs.observed import Observed
 
-_STEP = 1 << 11  # tokens that are encoded or decoded at a time, a multiple of all blocks: they stay in the CPU's cache
+_AT_A_TIME = 1 << 18  # numbers that are encoded or decoded: they stay in the CPU's cache
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,21 @@ class Group:
         matrix = {} if recipe.readout_fit == "mean" else {"matrix": (inner.residual_width, inner.width)}
         return {**matrix, "constant": (inner.residual_width,)}
 
+    def pieces(self, rows: int, old: slice) -> Iterator[slice]:
+        """The old tokens, in pieces of whole blocks."""
+        per = self.codec.block or 1
+        step = max(1, _AT_A_TIME // (rows * len(self.heads) * self.codec.n * per)) * per
+        yield from (slice(low, min(low + step, old.stop)) for low in range(old.start, old.stop, step))
+
+    @cached_property
+    def affine(self) -> tuple[Tensor, Tensor] | None:
+        """What rows are read as: row @ matrix + constant, [1, h, width, n] and [1, h, 1, n]; None for whole rows.
+
+        A product is faster than to read the dropped channels and put all of them in their places. Kept channels are
+        multiplied by 1, and by zeros.
+        """
+        return _affine(self.codec)
+
     @cached_property
     def block(self) -> list[Array]:
         """What a block of one head is packed into."""
@@ -157,21 +172,26 @@ class Group:
             yield from stored.values()
             codec = self._read_by(stored)
         parts: list[Sequence[Tensor]] = []
-        for low in range(old.start, old.stop, _STEP):
-            rows_z = codec.encode(states[:, :, low : min(low + _STEP, old.stop)].float())
-            parts.append(_packed(codec, rows_z) if codec.block else [rows_z.to(dtype)])
+        for piece in self.pieces(len(states), old):
+            kept = codec.encode(states[:, :, piece].float())
+            parts.append(_packed(codec, kept) if codec.block else [kept.to(dtype)])
         yield from (torch.cat(each, dim=2) if len(each) > 1 else each[0] for each in zip(*parts, strict=True))
 
     def decode(self, arrays: Iterator[Tensor], states: Tensor, old: slice) -> None:
         """Put the old tokens into all heads' states."""
         codec = self._read_by({name: next(arrays) for name in self.fitted})
+        read = _affine(codec) if self.fitted else self.affine
         held = [next(arrays) for _ in (self.block if codec.block else (codec,))]
         per = codec.block or 1
-        for low in range(old.start, old.stop, _STEP):
-            high = min(low + _STEP, old.stop)
-            part = [each[:, :, (low - old.start) // per : -(-(high - old.start) // per)] for each in held]
+        for piece in self.pieces(len(states), old):
+            blocks = slice((piece.start - old.start) // per, -(-(piece.stop - old.start) // per))
+            part = [each[:, :, blocks] for each in held]
             rows = codec.unpack(part, torch.float32).flatten(2, 3) if codec.block else part[0].float()
-            states[:, self.where, low:high] = codec.read(rows[:, :, : high - low], None).to(states.dtype)
+            rows = rows[:, :, : piece.stop - piece.start]
+            if read is not None:
+                matrix, constant = (each.expand(len(rows), -1, -1, -1).flatten(0, 1) for each in read)
+                rows = torch.baddbmm(constant, rows.flatten(0, 1), matrix).view(*rows.shape[:3], -1)
+            states[:, self.where, piece] = rows.to(states.dtype)
 
     def _read_by(self, fitted: dict[str, Tensor]) -> Codec:
         """The codec with what was fitted to a prompt."""
@@ -193,6 +213,18 @@ def groups_of(plan: LayerPlan, kind: Kind, n: int) -> list[Group]:
         together = stacked([codecs[head] for head in heads]).to(torch.empty(0, dtype=torch.float32))
         found.append(Group(kind, heads, plan.part(heads), together.mapped(lambda tensor: tensor[None])))
     return found
+
+
+def _affine(codec: Codec) -> tuple[Tensor, Tensor] | None:
+    """How a codec reads rows, which is affine in them, as a matrix and a constant."""
+    if isinstance(_innermost(codec), Whole):
+        return None
+    exact = codec.mapped(lambda each: each.double() if each.is_floating_point() else each)
+    lead = next(iter(codec.tensors().values())).shape[:2]
+    zeros = torch.zeros(*lead, codec.width + 1, codec.width, dtype=torch.float64)
+    zeros[:, :, 1:] = torch.eye(codec.width, dtype=torch.float64)
+    read = exact.read(zeros, None)
+    return (read[:, :, 1:] - read[:, :, :1]).float(), read[:, :, :1].float()
 
 
 def _innermost(codec: Codec) -> Codec:
