@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from grace_opt.compression.mask_file import JSON_NAME, TENSORS_NAME, save_mask
 from grace_opt.export.card import card
@@ -76,9 +76,7 @@ class HFGenerate(Target):
     tested = ("5.23.0",)
 
     def supports(self, mask: KVMask, config: Any) -> bool | str:
-        if mask.prefill != "full":
-            return f"runs prompts whole, and this mask asks for {mask.prefill} prefill; solve for full prefill"
-        return True
+        return whole_prompts(mask)
 
     def write(self, source: Source, folder: Path, measured: Record) -> None:
         code = folder / "custom_generate"
@@ -93,26 +91,37 @@ class HFGenerate(Target):
         write_text(folder / "README.md", card(source, measured, what=what, use=use, tags=["custom_generate"]))
 
     def check(self, source: Source, folder: Path, ids: list[int], new_tokens: int) -> Checked:
-        import torch
+        return decoded(source, source.model, ids, new_tokens, custom_generate=str(folder), trust_remote_code=True)
 
-        from grace_opt.models.inputs import input_device
 
-        prompt = torch.tensor([ids], device=input_device(source.model))
-        with torch.inference_mode():
-            run = cast(Any, source.model).generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                custom_generate=str(folder),
-                trust_remote_code=True,
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        told = torch.cat(run.logits).float().log_softmax(-1)
-        tokens = run.sequences[0, len(ids) :].tolist()
-        return compared(source, ids, f"transformers {distribution_version('transformers')}", tokens, told)
+def whole_prompts(mask: KVMask) -> bool | str:
+    """What `Target.supports` says where our cache runs the mask."""
+    if mask.prefill != "full":
+        return f"runs prompts whole, and this mask asks for {mask.prefill} prefill; solve for full prefill"
+    return True
+
+
+def decoded(source: Source, model: Any, ids: list[int], new_tokens: int, **options: Any) -> Checked:
+    """What a model's ``generate`` decodes greedily after a prompt, with these options, beside our cache."""
+    import torch
+
+    from grace_opt.models.inputs import input_device
+
+    prompt = torch.tensor([ids], device=input_device(source.model))
+    with torch.inference_mode():
+        run = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+    told = torch.cat(run.logits).float().log_softmax(-1)
+    name = f"transformers {distribution_version('transformers')}"
+    return compared(source, ids, name, run.sequences[0, len(ids) :].tolist(), told)
 
 
 def _module(mask: KVMask) -> str:

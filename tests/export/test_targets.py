@@ -102,3 +102,38 @@ def test_kv_store_conforms(variant: dict[str, Any]) -> None:
 def test_kv_store_conforms_in_other_families(family: str) -> None:
     model, tokenizer = tiny(family)
     check_target("kv-store", packed(tiny_mask(model)), model, tokenizer, TEXTS, prefix=90)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_hf_code_conforms(family: str) -> None:
+    model, tokenizer = tiny(family)
+    check_target("hf-code", packed(tiny_mask(model, ragged=True)), model, tokenizer, TEXTS, prefix=90)
+
+
+def test_a_checkpoint_of_ours_is_a_plain_one_without_its_code(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import grace_opt.runtime
+
+    model, tokenizer = tiny()
+    export(tiny_mask(model), model, tokenizer, "hf-code", tmp_path / "out", **SHORT, name="tiny")
+    ids = torch.randint(4, 99, (1, 40), generator=torch.Generator().manual_seed(3))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(plain) is type(model)
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5 w6").input_ids == tokenizer("w5 w6").input_ids
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    run = loaded.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert isinstance(run.past_key_values, grace_opt.runtime.PrunedCache)
+    for more in (
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"past_key_values": plain(ids[:, :1]).past_key_values},
+    ):
+        other = loaded.generate(ids, attention_mask=torch.ones_like(ids), **options, **more)
+        assert not isinstance(other.past_key_values, grace_opt.runtime.PrunedCache)
+    own = type("Own", (type(model),), {})(model.config)
+    with pytest.raises(InputError, match=r"\(Own\) is none of transformers' own, .* use the target hf-generate"):
+        export(tiny_mask(model), own, tokenizer, "hf-code", tmp_path / "own", **SHORT)
+    assert not (tmp_path / "own").exists()
