@@ -145,6 +145,7 @@ TARGETS: Table[type[Target]] = Table(
     "target",
     "grace_opt.targets",
     {
+        "hf": "grace_opt.export.hf:HF",
         "hf-code": "grace_opt.export.hf_code:HFCode",
         "hf-generate": "grace_opt.export.hf_generate:HFGenerate",
         "kv-store": "grace_opt.export.kv_store:KVStoreTarget",

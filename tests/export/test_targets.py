@@ -137,3 +137,50 @@ def test_a_checkpoint_of_ours_is_a_plain_one_without_its_code(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"\(Own\) is none of transformers' own, .* use the target hf-generate"):
         export(tiny_mask(model), own, tokenizer, "hf-code", tmp_path / "own", **SHORT)
     assert not (tmp_path / "own").exists()
+
+
+STOCK: dict[str, Any] = {"kept": None, "recent_window": 0, "sinks": 0}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize("readout", ["none", "static"])
+def test_hf_conforms(family: str, readout: str) -> None:
+    model, tokenizer = tiny(family, **({"sliding_window": None} if family == "Mistral" else {}))
+    check_target("hf", tiny_mask(model, **STOCK, readout=readout), model, tokenizer, TEXTS, prefix=60)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kept": 8}, "has one place for the keys of all heads, and this mask prunes them by head"),
+        ({"recent_window": 4}, "keeps no token whole, and this mask has a window or sinks"),
+        ({"sinks": 4}, "keeps no token whole, and this mask has a window or sinks"),
+        ({"ragged": True}, "has one width for the values of all heads, and this mask has several"),
+        ({"readout": "prefill"}, "folds what a mask says, and this one asks each prompt"),
+        ({"values": None, "kept": 8}, "folds the values of all layers, and this mask leaves some whole"),
+    ],
+    ids=str,
+)
+def test_what_a_stock_model_cannot_run_is_refused(change: dict[str, Any], reason: str) -> None:
+    model, _ = tiny()
+    assert reason in check_refusal("hf", tiny_mask(model, **{**STOCK, **change}), model.config)
+
+
+def test_other_models_and_integers_are_not_folded() -> None:
+    model, _ = tiny("Qwen3")
+    sentence = check_refusal("hf", tiny_mask(model, **STOCK), model.config)
+    assert "folds models of llama, mistral, qwen2, and this is a qwen3; use the target hf-generate" in sentence
+    model, _ = tiny("Mistral", sliding_window=8)
+    windows = tiny_mask(tiny("Mistral", sliding_window=None)[0], **STOCK)
+    assert "and this one has windows" in check_refusal("hf", windows, model.config)
+    model, _ = tiny()
+    mask = tiny_mask(model, **STOCK)
+    bits = replace(mask, plan=mask.plan.changed(bits={"value": 4}))
+    assert "and this mask packs integers" in check_refusal("hf", bits, model.config)
+
+
+def test_a_fold_that_loses_too_much_is_not_written(tmp_path: Path) -> None:
+    model, tokenizer = tiny()
+    with pytest.raises(InputError, match="nats a token as hf runs it .* solve with a larger budget or a wider window"):
+        export(tiny_mask(model, **STOCK), model, tokenizer, "hf", tmp_path / "out", **{**SHORT, "kl_limit": 0.001})
+    assert not (tmp_path / "out").exists()

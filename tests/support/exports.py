@@ -34,8 +34,8 @@ def tiny(family: str = "Llama", **overrides: Any) -> tuple[Any, Any]:
 
 def tiny_mask(model: Any, **more: Any) -> KVMask:
     """Half of the channels of keys and values, by static read-outs, beside a window of 8."""
-    options = {"recent_window": 8, "sinks": 2, "readout": "static", "values": 8}
-    return random_mask(model, 8, **{**options, **more})
+    options = {"kept": 8, "recent_window": 8, "sinks": 2, "readout": "static", "values": 8}
+    return random_mask(model, **{**options, **more})
 
 
 class Plain(Target):
