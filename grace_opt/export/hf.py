@@ -91,8 +91,8 @@ class HF(Target):
         save_checkpoint(source, folded(source), folder)
         what = (
             f"{source.name} with values of fewer channels, folded into its projections: a stock checkpoint, with no "
-            "code of its own. Its class is that of MiMo-V2-Flash, with full attention and dense MLPs, because that has a "
-            "width of values of its own. No token stays whole."
+            "code of its own. Its class is that of MiMo-V2-Flash, with full attention and dense MLPs, because that has "
+            "a width of values of its own. No token stays whole."
         )
         write_text(folder / "README.md", card(source, measured, what=what, use=USE, tags=[]))
 
