@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,41 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write {path}: {reason}; choose another place or free some space") from error
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``; renamed to it when the block succeeds, deleted when it fails.
+
+    Raises InputError where something has that name already, which stays as it is, or the folder cannot be written.
+    """
+    path = check_new(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            check_new(path)
+            os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot write {path}: {reason}; choose another place or free some space") from error
+
+
+def check_new(path: str | Path) -> Path:
+    """The whole path of a folder that is yet to be made. Raises InputError where something has its name."""
+    try:
+        path = Path(path).absolute()
+        taken = os.path.lexists(path)
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {str(path)!r}: {reason}; choose another place") from error
+    if taken or not path.name:
+        raise InputError(f"{path} exists already, and nothing is written over; name a new folder")
+    return path
 
 
 def check_writable(path: str | Path) -> None:

@@ -15,6 +15,7 @@ from grace_opt.cli.calibrate import calibrate
 from grace_opt.cli.compare import compare
 from grace_opt.cli.demo import demo
 from grace_opt.cli.evaluate import evaluate
+from grace_opt.cli.export import export
 from grace_opt.cli.fetch import fetch
 from grace_opt.cli.generate import generate
 from grace_opt.cli.methods import methods
@@ -25,6 +26,7 @@ from grace_opt.cli.solve import solve
 from grace_opt.cli.solvers import solvers
 from grace_opt.cli.status import status
 from grace_opt.cli.submit import submit
+from grace_opt.cli.targets import targets
 from grace_opt.cli.worker import worker
 from grace_opt.errors import InputError
 
@@ -37,8 +39,10 @@ COMMANDS: list[Callable[..., None]] = [
     compare,
     generate,
     evaluate,
+    export,
     methods,
     solvers,
+    targets,
     demo,
     serve,
     worker,

@@ -46,6 +46,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "prune_generated",
         "needle_length",
         "needle_depth",
+        "kl_limit",
         "seed",
     ),
     "solver": (
@@ -77,7 +78,7 @@ _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
 }
 
 # Tables that few commands read: a mask's window is not set by the table that is about calibration.
-ONLY = {"calibration": ("calibrate", "demo"), "generation": ("generate", "demo"), "evaluation": ("evaluate",)}
+ONLY = {"calibration": ("calibrate", "demo"), "generation": ("generate", "demo"), "evaluation": ("evaluate", "export")}
 #: Commands that read one table: --solver and --ratio of fetch say which mask, not how to solve.
 SERVICE_ONLY = ("status", "fetch")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ AXES: dict[Kind, Axis] = {"key": "channel", "value": "token"}  # of the scales
 GROUP = 32  # tokens of a block, and elements that share a scale
 
 _LIMIT = 65504.0  # the largest float16
+_UNREACHABLE = (
+    "keys or values to quantise are not finite or beyond 65504, which float16 scales cannot reach; leave this layer "
+    "unquantised"
+)
+_LARGE = 1 << 15  # elements from which on compiled loops are worth loading
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +144,13 @@ class Packed:
         """The tensor in its original shape and dtype, contiguous; see `quantise` for the error. O(elements)."""
         length = self.shape[-2 if self.axis == "channel" else -1]
         scale, zero = self.scale.float(), self.zero.float()
+        if self.dtype == torch.float32 and _is_compiled(self.codes, self.shape.numel()):
+            from grace_opt.compression import integers_cpu
+
+            x = torch.empty(self.shape)
+            unpack = integers_cpu.channel_values if self.axis == "channel" else integers_cpu.token_values
+            unpack(*map(_blocks, (self.codes, zero, scale)), self.bits, self.group, _LIMIT, _blocks(x))
+            return x
         if scale.shape[-1] > 1:
             scale, zero = (each.repeat_interleave(self.group, dim=-1)[..., :length] for each in (scale, zero))
         # The scale is rounded up, so the topmost code of a group may lie just above the largest float16.
@@ -161,8 +173,11 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
         InputError: for elements that are not finite or beyond float16's 65504; for a tensor of integers or of fewer
             than two dimensions; for other bits or axes; for an empty group.
     """
+    _check(x, bits, axis, group)
+    if _is_compiled(x, x.numel()) and x.dtype == torch.float32:
+        return _quantised(x.contiguous(), bits, axis, group)
     along = _along(axis)
-    codes, scale, zero = _coded(x, bits, axis, group)
+    codes, scale, zero = _coded(x, bits, along, group)
     packed = _pack(codes.flatten(along - 1, along).narrow(along, 0, x.shape[along]).to(torch.uint8), bits, along)
     scale, zero = scale.squeeze(along), zero.squeeze(along)
     if axis == "channel":
@@ -172,20 +187,14 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
 
 def rounded(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Tensor:
     """What `quantise` and `unpack` make of x, to the bit, and nothing is packed. Raises InputError as `quantise`."""
+    _check(x, bits, axis, group)
     along = _along(axis)
-    codes, scale, zero = _coded(x, bits, axis, group)
+    codes, scale, zero = _coded(x, bits, along, group)
     back = codes.mul_(scale.float()).add_(zero.float()).clamp_(-_LIMIT, _LIMIT)
     return back.flatten(along - 1, along).narrow(along, 0, x.shape[along]).to(x.dtype)
 
 
-def _along(axis: Axis) -> int:
-    """The dimension of [..., T, d] that groups run along."""
-    return -2 if axis == "channel" else -1
-
-
-def _coded(x: Tensor, bits: Bits, axis: Axis, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, float32[..., G, group, d] for the axis ``channel``, [..., T, G, group] for ``token``; scales and zeros,
-    with 1 in place of the group. Left as x lies: to transpose codes is cheaper than to transpose numbers."""
+def _check(x: Tensor, bits: Bits, axis: Axis, group: int) -> None:
     if bits not in get_args(Bits):
         raise InputError(f"packed integers have 2, 3, 4 or 8 bits, got {bits}")
     if axis not in get_args(Axis):
@@ -196,7 +205,16 @@ def _coded(x: Tensor, bits: Bits, axis: Axis, group: int) -> tuple[Tensor, Tenso
         raise InputError(
             f"only floating-point tensors [..., tokens, channels] can be quantised, got {x.dtype}{list(x.shape)}"
         )
-    along = _along(axis)
+
+
+def _along(axis: Axis) -> int:
+    """The dimension of [..., T, d] that groups run along."""
+    return -2 if axis == "channel" else -1
+
+
+def _coded(x: Tensor, bits: Bits, along: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, float32[..., G, group, d] along -2, [..., T, G, group] along -1; scales and zeros, with 1 in place of the
+    group. Left as x lies: to transpose codes is cheaper than to transpose numbers."""
     length = x.shape[along]
     count = math.ceil(length / group)
     numbers = x.detach().float()
@@ -209,24 +227,57 @@ def _coded(x: Tensor, bits: Bits, axis: Axis, group: int) -> tuple[Tensor, Tenso
     low, high = groups.amin(along, keepdim=True), groups.amax(along, keepdim=True)
     _refuse_unreachable(((low >= -_LIMIT) & (high <= _LIMIT)).all())  # false for NaN too
     stored = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-    levels = 2**bits - 1
-    zero = -_round_up(-low, stored)
-    scale = _round_up((high - zero.float()) / levels, stored)
+    scale, zero = _scales(low, high, bits, stored)
     # A scale of 0 belongs to a group of elements that all equal its zero: any divisor makes their codes 0.
     divisor = torch.where(scale > 0, scale.float(), 1.0)
-    return (groups - zero.float()).div_(divisor).round_().clamp_(0, levels), scale, zero
+    return (groups - zero.float()).div_(divisor).round_().clamp_(0, 2**bits - 1), scale, zero
+
+
+def _scales(low: Tensor, high: Tensor, bits: int, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero of groups with these extremes, float32, as they are stored."""
+    zero = -_round_up(-low, stored)
+    return _round_up((high - zero.float()) / (2**bits - 1), stored), zero
 
 
 def _refuse_unreachable(reached: Tensor) -> None:
     """Raise InputError if false; in a compiled graph, which cannot, the device fails with the same sentence."""
-    sentence = (
-        "keys or values to quantise are not finite or beyond 65504, which float16 scales cannot reach; leave this "
-        "layer unquantised"
-    )
     if torch.compiler.is_compiling():
-        torch._assert_async(reached, sentence)
+        torch._assert_async(reached, _UNREACHABLE)
     elif not bool(reached):
-        raise InputError(sentence)
+        raise InputError(_UNREACHABLE)
+
+
+def _is_compiled(x: Tensor, elements: int) -> bool:
+    """Whether loops that numba compiles take it: a third of the time of torch's operations, and the same bits."""
+    return (
+        elements >= _LARGE
+        and x.device.type == "cpu"
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _quantised(x: Tensor, bits: Bits, axis: Axis, group: int) -> Packed:
+    """`quantise` of a large float32 tensor on a CPU."""
+    from grace_opt.compression import integers_cpu
+
+    *lead, tokens, width = x.shape
+    rows, length = (width, tokens) if axis == "channel" else (tokens, width)
+    low, high = (torch.empty(*lead, rows, math.ceil(length / group)) for _ in range(2))
+    codes = torch.empty(*lead, rows, math.ceil(length * bits / 8), dtype=torch.uint8)
+    by_channel = axis == "channel"
+    extremes = integers_cpu.channel_extremes if by_channel else integers_cpu.token_extremes
+    if extremes(_blocks(x), group, _blocks(low), _blocks(high)):
+        raise InputError(_UNREACHABLE)
+    scale, zero = _scales(low, high, bits, torch.float16)
+    pack = integers_cpu.channel_codes if by_channel else integers_cpu.token_codes
+    pack(_blocks(x), _blocks(zero.float()), _blocks(scale.float()), bits, group, _blocks(codes))
+    return Packed(codes, scale, zero, x.shape, x.dtype, bits, axis, group)
+
+
+def _blocks(x: Tensor) -> Any:
+    """As numpy's array of three dimensions."""
+    return x.detach().reshape(-1, *x.shape[-2:]).contiguous().numpy()
 
 
 def bits_per_element(packed: Packed) -> float:

@@ -1,38 +1,153 @@
-"""What an export target does."""
+"""What an export target does: it says what it can run, writes that for a runtime, and compares the two."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grace_opt.compression.plugins import Table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from grace_opt.compression.mask import KVMask
+    from grace_opt.evaluate.documents import Passages
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What is exported.
+
+    Attributes:
+        mask: of the model.
+        model: in evaluation mode; a target changes nothing about it.
+        tokenizer: the model's.
+        name: of the model, as the user gave it.
+        passages: texts to measure on.
+    """
+
+    mask: KVMask
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    passages: Passages
 
 
 class Target(ABC):
     """A runtime that a mask is translated for.
 
+    A subclass is a class without state in a module of its own, which imports the runtime where it is used, and not
+    before: `grace-opt targets` names them all, wherever it runs.
+
     Attributes:
         name: in `TARGETS` and on the command line.
         expresses: what it can run, in a sentence.
-        tested: releases of the runtime that its tests run.
+        runtime: the distribution that runs it, as pip calls it.
+        tested: releases of that distribution that its tests run.
     """
 
     name: ClassVar[str]
     expresses: ClassVar[str]
+    runtime: ClassVar[str]
     tested: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def supports(self, mask: KVMask, config: Any) -> bool | str:
-        """True, or the sentence that says which part of the mask's plan it cannot express, before any work."""
+        """True, or what it cannot run and what to solve instead, before any work.
+
+        A str is the end of a sentence that begins with "the target NAME": "cannot run ...; solve with ...".
+        """
 
     @abstractmethod
-    def export(self, mask: KVMask, model: Any, folder: Path) -> None:
-        """Write what the runtime reads. Raises InputError if `supports` would not be True."""
+    def write(self, source: Source, folder: Path, measured: Record) -> None:
+        """Write what the runtime reads into an empty folder; only for what `supports` takes.
+
+        The folder gets its final name when all of it is there. ``measured`` is what `measure` said, for a model card.
+        Raises InputError for what only the model's weights show.
+        """
+
+    def measure(self, source: Source) -> Record:
+        """What it costs in quality: a record of `grace_opt.evaluate` on the passages, with its ``kl`` in nats a token.
+
+        That of our own cache under the mask's plan; a target that runs something else measures that.
+        """
+        from grace_opt.evaluate.run import evaluate, mask_trial
+
+        trial = mask_trial(source.mask.model, source.mask)
+        return evaluate(source.model, source.tokenizer, source.passages, [trial])[0]
+
+    @abstractmethod
+    def check(self, source: Source, folder: Path, ids: list[int], new_tokens: int) -> Checked:
+        """Decode ``new_tokens`` greedily after the prompt ``ids`` with what was written, in its runtime (`compared`).
+
+        Raises InputError if the runtime is not installed.
+        """
 
 
-#: the targets by name; none yet. The entry-point group is ``grace_opt.targets``
-TARGETS: Table[type[Target]] = Table("target", "grace_opt.targets", {})
+@dataclass(frozen=True)
+class Checked:
+    """What came of running an export beside our own cache under the mask's plan.
+
+    Attributes:
+        runtime: and its version.
+        tokens: that it decoded.
+        behind: by how many nats the worst of them is less likely than the likeliest, as our cache has it after the same
+            tokens; 0 where it would have decoded the same.
+        largest: difference of a log-probability between the two, in nats; None where the runtime tells none.
+    """
+
+    runtime: str
+    tokens: list[int]
+    behind: float
+    largest: float | None
+
+
+def compared(
+    source: Source,
+    ids: list[int],
+    runtime: str,
+    tokens: list[int],
+    told: Tensor | None = None,
+    *,
+    prompt: int | None = None,
+) -> Checked:
+    """Tokens that a runtime decoded after a prompt beside our cache, which is fed the same.
+
+    ``told``: log-probabilities before each token, [n] of these tokens or [n, vocabulary]; None: not known. A tie that
+    rounding decides otherwise is seen as one, and what follows it is still compared. ``prompt``: of ``ids``, how many
+    our cache reads as a prompt, and not token by token; all if left out.
+    """
+    import torch
+
+    from grace_opt.models.inputs import input_device
+    from grace_opt.runtime.generate import forced
+
+    device = input_device(source.model)
+    count = len(ids) if prompt is None else prompt
+    fed = torch.tensor([*ids[count:], *tokens], device=device)
+    run, _ = forced(source.model, torch.tensor([ids[:count]], device=device), fed, source.mask.plan)
+    ours, decoded = run.logits.log_softmax(-1)[len(ids) - count :], fed[len(ids) - count :]
+    own = ours.gather(1, decoded[:, None])[:, 0]
+    behind = float((ours.amax(-1) - own).max())
+    largest = None
+    if told is not None:
+        largest = float(((own if told.dim() == 1 else ours) - told.to(ours)).abs().max())
+    return Checked(runtime, tokens, behind, largest)
+
+
+#: the targets by name; `TARGETS.register` adds one, as does the entry-point group ``grace_opt.targets``
+TARGETS: Table[type[Target]] = Table(
+    "target",
+    "grace_opt.targets",
+    {
+        "hf": "grace_opt.export.hf:HF",
+        "hf-code": "grace_opt.export.hf_code:HFCode",
+        "hf-generate": "grace_opt.export.hf_generate:HFGenerate",
+        "kv-store": "grace_opt.export.kv_store:KVStoreTarget",
+    },
+)

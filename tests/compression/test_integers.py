@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grace_opt import InputError
+from grace_opt.compression import integers
 from grace_opt.compression.integers import Packed, bits_per_element, quantise, rounded
 
 BITS: Any = [2, 3, 4, 8]
@@ -228,3 +229,27 @@ def test_uniform_noise_has_the_error_that_theory_says() -> None:
         packed = quantise(x, bits, "channel", group=1024)
         error = float((packed.unpack() - x).square().mean())
         assert error == pytest.approx(float(packed.scale.float().square().mean()) / 12, rel=0.05)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(2, 3, 32, 25), (3, 7, 5), (40, 33), (1, 1, 64, 1)], ids=str)
+def test_compiled_loops_give_the_same_bits(
+    axis: Any, bits: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = torch.Generator().manual_seed(7)
+    x = torch.randn(shape, generator=rng) * 10 ** torch.randn(shape, generator=rng)
+    x.view(-1)[::3] = x.view(-1)[0]  # ties, and groups of equal elements
+    found = {}
+    for large in (1, 1 << 40):
+        monkeypatch.setattr(integers, "_LARGE", large)
+        packed = quantise(x, bits, axis, 32)
+        found[large] = [packed.codes, packed.scale, packed.zero, packed.unpack()]
+    assert all(map(torch.equal, *found.values()))
+    monkeypatch.setattr(integers, "_LARGE", 1)
+    for wrong in (torch.nan, torch.inf, -70000.0):
+        for at in range(0, x.numel(), 7):
+            bad = x.clone()
+            bad.view(-1)[at] = wrong
+            with pytest.raises(InputError, match="not finite or beyond 65504"):
+                quantise(bad, bits, axis, 32)

@@ -16,7 +16,9 @@ from tests.support import ROOT
 FLOORS = (
     ("cli",),
     ("service",),
-    ("compare", "evaluate", "export", "testing"),
+    ("testing",),
+    ("export",),
+    ("compare", "evaluate"),
     ("runtime", "reports"),
     ("compression",),
     ("graphs", "solve"),

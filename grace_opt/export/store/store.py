@@ -1,0 +1,259 @@
+"""`KVStore`: a mask's codecs over the whole cache of a prompt, in bytes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from grace_opt.compression.mask import KVMask
+from grace_opt.compression.mask_file import JSON_NAME, load_mask, save_mask
+from grace_opt.errors import InputError, shown
+from grace_opt.evaluate.capture import Captured, capture
+from grace_opt.export.store.frames import AGAIN, Reader, Writer
+from grace_opt.export.store.layer import LayerStore
+from grace_opt.files import file_sha256, replacing
+from grace_opt.heads import Kind
+from grace_opt.reading import opened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache, DynamicCache
+
+FORMAT, VERSION = "grace-opt-kv", 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOKENS, ROWS = 1 << 28, 1 << 16  #: of a stored cache, at most
+
+
+class KVStore:
+    """Encodes and decodes caches by a mask; the same mask is needed for both.
+
+    A cache is a list of keys [B, H, T, n] and values [B, H, T, nv] for each layer of the model, post-RoPE, without
+    padding. Old tokens are stored as the mask's codecs say, sinks and the recent window whole.
+
+    Args:
+        mask: as `supports` takes.
+        layers: of the model, if the mask does not say.
+
+    Raises:
+        InputError: for a mask that cannot be stored by.
+    """
+
+    def __init__(self, mask: KVMask, layers: int | None = None) -> None:
+        answer = supports(mask)
+        if answer is not True:
+            raise InputError(f"a store {answer}")
+        self.mask = mask
+        count = layers if layers is not None else mask.layer_count
+        self.layers = [LayerStore(mask.plan.layers.get(i), mask.num_key_value_heads, _dims(mask)) for i in range(count)]
+        with tempfile.TemporaryDirectory() as folder:
+            save_mask(mask, folder)
+            self._identity = file_sha256(Path(folder) / JSON_NAME)  # of the tensors too
+
+    @classmethod
+    def open(cls, folder: str | Path) -> KVStore:
+        """The store of a mask's folder, or of one that ``grace-opt export --to kv-store`` wrote. Raises InputError."""
+        return cls(load_mask(folder))
+
+    @property
+    def queries(self) -> int:
+        """How many of a prompt's last queries read-outs are fitted to; 0 if none is fitted."""
+        plans = [each.plan for each in self.layers if each.fits]
+        return max((plan.queries for plan in plans if plan is not None), default=0)
+
+    def nbytes(self, tokens: int, rows: int = 1, dtype: str = "bfloat16") -> int:
+        """Bytes of the layers of a stored cache; its header and checksums add about a kilobyte."""
+        return sum(array.nbytes for each in self.layers for array in each.arrays(rows, tokens, DTYPES[dtype]))
+
+    # ------------------------------------------------------------ bytes
+
+    def encode(self, kv: Captured | Cache | Sequence[tuple[Tensor, Tensor]], dtype: str | None = None) -> bytes:
+        """All of `frames` in one."""
+        return b"".join(self.frames(kv, dtype))
+
+    def frames(
+        self, kv: Captured | Cache | Sequence[tuple[Tensor, Tensor]], dtype: str | None = None
+    ) -> Iterator[bytes | bytearray]:
+        """A cache as bytes: a header, then a piece for each layer.
+
+        Args:
+            kv: what `prefill` gave, a transformers cache, or keys and values of each layer. A mask that fits its
+                read-outs to each prompt needs the first, which has seen what the prompt attends to.
+            dtype: in which whole tokens are stored; the cache's own if left out.
+
+        Raises:
+            InputError: for a cache of another shape than the mask's model, or with a layer that has no keys and values
+                of all tokens; for numbers that are not finite, or that float16 scales do not reach.
+        """
+        pairs = _pairs(kv)
+        first = self._check(pairs)
+        stored = _dtype(dtype if dtype is not None else _name(first.dtype))
+        rows, tokens = first.shape[0], first.shape[2]
+        writer = Writer()
+        about = {"format": FORMAT, "version": VERSION, "model": self.mask.model, "mask": self._identity}
+        yield writer.header(
+            about
+            | {"layers": len(self.layers), "rows": rows, "tokens": tokens}
+            | {"dtype": _name(first.dtype), "stored": _name(stored)}
+        )
+        for index, (layer, (keys, values)) in enumerate(zip(self.layers, pairs, strict=True)):
+            seen: list[Any] = []
+            old = [layer.old(kind, tokens) for kind in layer.groups]
+            if layer.fits and any(each.stop > each.start for each in old):
+                seen = [_seen(kv, layer, index)]
+            arrays = layer.arrays(rows, tokens, stored)
+            with torch.inference_mode():
+                yield writer.frame(arrays, layer.encode(keys.cpu(), values.cpu(), stored, seen))
+
+    def decode(self, source: bytes | BinaryIO, name: str = "the stored cache") -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, whole, in the dtype that they had. Raises InputError as `stream`."""
+        return list(self.stream(source, name))
+
+    def stream(self, source: bytes | BinaryIO, name: str = "the stored cache") -> Iterator[tuple[Tensor, Tensor]]:
+        """As `decode`, layer by layer as the bytes come.
+
+        Each layer's checksum holds before it is given. Raises InputError for what is truncated, altered, or of another
+        mask, model or version; then what came before is not to be used.
+        """
+        reader = Reader(source, name)
+        about = reader.header()
+        rows, tokens, dtype, stored = self._described(about, name)
+        for index, layer in enumerate(self.layers):
+            arrays = layer.arrays(rows, tokens, stored)
+            with torch.inference_mode():
+                yield layer.decode(reader.frame(arrays, f"layer {index}"), tokens, dtype)
+        reader.end()
+
+    # ------------------------------------------------------------ transformers
+
+    def prefill(self, model: PreTrainedModel, ids: Sequence[int]) -> Captured:
+        """Run a prompt through a model, and keep its cache and what its last queries saw. Raises InputError."""
+        self.mask.check_model(model.config, str(model.config.name_or_path))
+        return capture(model, ids, len(ids), max(1, self.queries))
+
+    def save(
+        self, kv: Captured | Cache | Sequence[tuple[Tensor, Tensor]], path: str | Path, dtype: str | None = None
+    ) -> int:
+        """Write a prompt's cache to a file, and return its bytes. The file appears when it is whole."""
+        total = 0
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            for piece in self.frames(kv, dtype):
+                total += file.write(piece)
+        return total
+
+    def load(self, path: str | Path, device: str | torch.device = "cpu") -> DynamicCache:
+        """The cache of a file, for ``past_key_values``. Raises InputError as `stream`, and where it cannot be read."""
+        with opened(path) as file:
+            return dynamic_cache(self.stream(file, str(path)), device)
+
+    # ------------------------------------------------------------ checks
+
+    def _check(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The keys of the first layer, if all layers fit them and the mask."""
+        if len(pairs) != len(self.layers):
+            raise InputError(f"the cache has {len(pairs)} layers, and the mask's model {len(self.layers)}; use its own")
+        first = pairs[0][0]
+        for index, (layer, pair) in enumerate(zip(self.layers, pairs, strict=True)):
+            for kind, states in zip(layer.groups, pair, strict=True):
+                wanted = (first.shape[0], layer.heads, first.shape[2], layer.dims[kind])
+                if tuple(states.shape) != wanted or states.dtype != first.dtype:
+                    raise InputError(
+                        f"layer {index} of the cache has {kind}s of {states.dtype}{list(states.shape)}, and the mask's "
+                        f"model {first.dtype}{list(wanted)}; use a cache of this model"
+                    )
+        if not first.shape[2] or not first.shape[0]:
+            raise InputError("the cache is empty; run a prompt first")
+        if first.shape[2] > TOKENS or first.shape[0] > ROWS:
+            raise InputError(f"the cache has {first.shape[0]} rows of {first.shape[2]} tokens; store it in parts")
+        return first
+
+    def _described(self, about: dict[str, Any], name: str) -> tuple[int, int, torch.dtype, torch.dtype]:
+        """Rows, tokens and dtypes of a header. Raises InputError."""
+        if about.get("format") != FORMAT or about.get("version") != VERSION:
+            raise InputError(
+                f"{name} is of format {shown(str(about.get('format')), 40)} version "
+                f"{shown(str(about.get('version')), 40)}, and version {VERSION} of {FORMAT} is read here; use the "
+                "grace-opt that wrote it"
+            )
+        if about.get("mask") != self._identity:
+            raise InputError(
+                f"{name} was stored by another mask, of {shown(str(about.get('model')), 200)!r}; open it with the mask "
+                "that stored it"
+            )
+        rows, tokens = about.get("rows"), about.get("tokens")
+        sizes = type(rows) is int and type(tokens) is int and 0 < rows <= ROWS and 0 < tokens <= TOKENS
+        dtypes = [DTYPES.get(str(about.get(each))) for each in ("dtype", "stored")]
+        if not sizes or None in dtypes or about.get("layers") != len(self.layers):
+            raise InputError(f"{name} has a header that contradicts itself; {AGAIN}")
+        dtype, stored = dtypes
+        assert type(rows) is int
+        assert type(tokens) is int
+        assert dtype is not None
+        assert stored is not None
+        return rows, tokens, dtype, stored
+
+
+def dynamic_cache(layers: Iterable[tuple[Tensor, Tensor]], device: str | torch.device) -> DynamicCache:
+    """transformers' cache of the keys and values of each layer."""
+    from transformers.cache_utils import DynamicCache
+
+    past = DynamicCache()
+    for index, (keys, values) in enumerate(layers):
+        past.update(keys.to(device), values.to(device), index)
+    return past
+
+
+def supports(mask: KVMask) -> bool | str:
+    """True, or why caches cannot be stored by this mask; the end of a sentence."""
+    for layer in mask.plan:
+        if layer.tokens is not None:
+            return "gives back every token, and this mask drops some; solve without a token policy"
+        if layer.choice is not None:
+            return "needs the channels that are kept, and this mask chooses them from each prompt; use grace-opt solve"
+    return True
+
+
+def _dims(mask: KVMask) -> dict[Kind, int]:
+    sizes = {codec.n for layer in mask.plan for codec in layer.codecs.get("value", ())} - {0}
+    return {"key": mask.head_dim, "value": max(sizes, default=mask.head_dim)}
+
+
+def _pairs(kv: Any) -> list[tuple[Tensor, Tensor]]:
+    past = kv.past if isinstance(kv, Captured) else kv
+    if not hasattr(past, "layers"):
+        return list(past)
+    from transformers.cache_utils import DynamicLayer
+
+    for index, layer in enumerate(past.layers):
+        if type(layer) is not DynamicLayer or not layer.is_initialized:
+            raise InputError(
+                f"layer {index} of the cache is a {type(layer).__name__}, which does not hold all of its tokens whole; "
+                "run the prompt on a DynamicCache, of a model whose layers attend to all tokens"
+            )
+    return [(layer.keys, layer.values) for layer in past.layers]
+
+
+def _seen(kv: Any, layer: LayerStore, index: int) -> Any:
+    """What the attention of a layer saw of the prompt."""
+    plan = layer.plan
+    assert plan is not None
+    if not isinstance(kv, Captured):
+        raise InputError(
+            "this mask fits its read-outs to what a prompt attends to, which a cache alone does not tell; store what "
+            "KVStore.prefill gives, or solve with --readout static"
+        )
+    return kv.observed(plan.queries, plan.windows, plan.spans)[index]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f"a cache of {name} cannot be stored; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
