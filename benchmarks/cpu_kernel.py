@@ -23,7 +23,7 @@ from grace_opt.compression.integers import as_integers
 from grace_opt.compression.method import Windows
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.heads import KINDS
-from grace_opt.runtime.kernels import cpu
+from grace_opt.runtime.kernels import cpu, cpu_program
 from grace_opt.runtime.kernels.contract import Request
 from grace_opt.runtime.kernels.plain import Plain
 from grace_opt.runtime.layer import PrunedLayer
@@ -116,7 +116,7 @@ def _in_turn(
     layers: Sequence[PrunedLayer], wholes: Sequence[tuple[Tensor, Tensor]], shape: Shape, rounds: int
 ) -> dict[str, float]:
     """Median seconds a layer: of the kernel alone, of the step around it, of matrix products, of dense SDPA."""
-    kernel, plain, alone, work = cpu.CpuKernel(), Plain(), [0.0], cpu._run
+    kernel, plain, alone, work = cpu.CpuKernel(), Plain(), [0.0], cpu_program._run
 
     def timed_work(*arguments: Any) -> None:
         began = time.perf_counter()
@@ -148,7 +148,7 @@ def _in_turn(
         return total / len(wholes)
 
     times: dict[str, list[float]] = {"kernel": [], "step": [], "plain": [], "sdpa": []}
-    cpu._run = timed_work
+    cpu_program._run = timed_work
     try:
         with torch.inference_mode():
             for _ in range(2 + rounds):
@@ -158,7 +158,7 @@ def _in_turn(
                 times["plain"].append(step(plain.attend))
                 times["sdpa"].append(sdpa())
     finally:
-        cpu._run = work
+        cpu_program._run = work
     return {name: statistics.median(each[2:]) for name, each in times.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grace_opt.runtime.kernels import cpu
+from grace_opt.runtime.kernels import cpu, cpu_program
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
@@ -39,4 +39,4 @@ def test_rows_of_a_cpu(kernel: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert records[0]["kernel share"] * records[0]["kernel ms"] * records[0]["read GB/s"] * 1e6 == pytest.approx(
         2 * 512 * (6 + 7) * 4
     )
-    assert cpu._run.__module__ == cpu.__name__  # what was put in its place to time it is gone
+    assert cpu_program._run.__module__ == cpu_program.__name__  # what was put in its place to time it is gone

@@ -1,29 +1,23 @@
-"""What the compiled CPU kernel (`decode`) is told: of a layer, and of one token of each row."""
+"""What the CPU kernel is told of a layer of our cache: where its tokens lie, and where a new one goes."""
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
 from operator import is_
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-from grace_opt.compression.channels import Channels
-from grace_opt.compression.codec import Codec, Whole
-from grace_opt.compression.integers import GROUP, Integers
+from grace_opt.compression.integers import GROUP
 from grace_opt.runtime.fixed_packed import FixedPacked
+from grace_opt.runtime.kernels.cpu_program import STORED, Program
 from grace_opt.runtime.packed import Packed
 
 if TYPE_CHECKING:
     from grace_opt.runtime.layer import PrunedLayer
     from grace_opt.runtime.side import Side
 
-FORMATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _NONE = ((0, 0, 0), (0, 0, 0))  # no residuals
 
 
@@ -45,39 +39,6 @@ class Place(NamedTuple):
     def at(self, b: int, index: int) -> tuple[int, int, int]:
         """Of row b and one of its tokens: address, bytes between heads, elements between tokens."""
         return self.address + b * self.batch + index * self.row * self.element, self.head, self.row
-
-
-@dataclass(frozen=True, eq=False)
-class AskedSide:
-    """Of keys or values, how a token's channels become a row and a residual.
-
-    ``native``: whether the kernel gathers channels and applies read-outs itself. ``constants``: the first fields of a
-    `decode.SIDE`; the tensors that they point into are ``held``.
-    """
-
-    given: Codec
-    codec: Codec
-    native: bool
-    width: int
-    residual: int
-    constants: tuple[int, ...]
-    held: tuple[Tensor | None, ...]
-
-    @classmethod
-    def of(cls, given: Codec) -> AskedSide:
-        codec = given.inner if isinstance(given, Integers) else given
-        native = isinstance(codec, Channels | Whole)
-        held: tuple[Tensor | None, ...] = (None, None, None)
-        if isinstance(codec, Channels):
-            held = codec.order.contiguous(), _dense(codec.matrix), _dense(codec.constant)
-        own, fitted = (any(each is not None and len(each) > 1 for each in some) for some in (held[:1], held[1:]))
-        order, *readout = (0 if each is None or not each.numel() else each.data_ptr() for each in held)
-        width, residual = codec.width, codec.residual_width
-        return cls(given, codec, native, width, residual, (width, residual, own, order, fitted, *readout), held)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 class HeldSide:
@@ -104,22 +65,15 @@ class LayerTask:
     """A layer, as the kernel knows it from token to token."""
 
     def __init__(self, layer: PrunedLayer, query_heads: int) -> None:
-        from grace_opt.runtime.kernels import decode  # numba, which is not loaded before it is needed
-
-        self.sides = tuple(AskedSide.of(side.codec) for side in layer.sides)
-        self.batch, self.heads = layer.batch, layer.key_side.whole.shape[1]
-        self.group = query_heads // self.heads
-        self.queries = decode.padded_queries(self.group)
-        self.scratch_floats = decode.scratch_floats(self.group, *(side.width + side.residual for side in self.sides))
-        self.row_bytes = sum(side.codec.nbytes(GROUP, layer.dtype.itemsize) for side in layer.sides) // GROUP
-        bits = (side.bits for side in layer.sides)
-        self.work = decode.compiled(decode.queries_at_a_time(self.group), FORMATS[layer.dtype], *bits)
+        heads = layer.key_side.whole.shape[1]
+        self.program = Program([side.codec for side in layer.sides], heads, query_heads // heads, layer.dtype)
+        self._batch = layer.batch
         self._held = [HeldSide(HeldSide.tensors_of(side)) for side in layer.sides]
 
     def describes(self, layer: PrunedLayer) -> bool:
         """Whether the layer's rows and codecs are still the same."""
-        pairs = zip(self.sides, layer.sides, strict=True)
-        return self.batch == layer.batch and all(known.given is side.codec for known, side in pairs)
+        pairs = zip(self.program.sides, layer.sides, strict=True)
+        return self._batch == layer.batch and all(known.given is side.codec for known, side in pairs)
 
     def held(self, layer: PrunedLayer) -> list[HeldSide]:
         """Where keys and values lie now."""
@@ -130,19 +84,13 @@ class LayerTask:
         return self._held
 
 
-@cache
-def bits_of(number: float) -> int:
-    """A float64's bits as an int64."""
-    return ctypes.c_int64.from_buffer(ctypes.c_double(number)).value
-
-
 def new_token(side: Side, held: HeldSide, states: Tensor | None, index: int, length: int) -> tuple[int, ...]:
     """The other fields of a `decode.SIDE`: the new token as it came, and where its row and residual go.
 
     ``index``: of the residual in the window.
     """
     if states is None:
-        return (0,) * 9
+        return STORED
     element, (batch, head, *_) = held.rows.element, states.stride()
     rest = (0, 0, 0) if held.window is None else (held.window.at(0, index)[0], *held.window[1:3])
     ((_, _, at),) = side.buffer.runs(length - 1, length)

@@ -1,4 +1,4 @@
-"""One decoded token on a CPU: what a thread does for a task, compiled by numba (`cpu_task` describes the task).
+"""One decoded token on a CPU: what a thread does for a task, compiled by numba (`cpu_program` describes the task).
 
 A task has an item for each row of the batch, KV head and *piece*, a share of the tokens. Threads take items from a
 counter until none is left, so a thread that is held up delays its own item only. An item asks its tokens, takes their
