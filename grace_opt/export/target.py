@@ -107,8 +107,10 @@ class Checked:
     largest: float | None
 
 
-def compared(source: Source, ids: list[int], runtime: str, tokens: list[int], told: Tensor | None = None) -> Checked:
-    """Tokens that a runtime decoded after a prompt beside our cache, which is fed the same.
+def compared(
+    source: Source, ids: list[int], runtime: str, tokens: list[int], told: Tensor | None = None, *, narrow: bool = False
+) -> Checked:
+    """Tokens that a runtime decoded after a prompt beside our cache, which is fed the same, the prompt ``narrow`` too.
 
     ``told``: log-probabilities before each token, [n] of these tokens or [n, vocabulary]; None: not known. A tie that
     rounding decides otherwise is seen as one, and what follows it is still compared.
@@ -120,7 +122,7 @@ def compared(source: Source, ids: list[int], runtime: str, tokens: list[int], to
 
     device = input_device(source.model)
     decoded = torch.tensor(tokens, device=device)
-    run, _ = forced(source.model, torch.tensor([ids], device=device), decoded, source.mask.plan)
+    run, _ = forced(source.model, torch.tensor([ids], device=device), decoded, source.mask.plan, narrow=narrow)
     ours = run.logits.log_softmax(-1)
     own = ours.gather(1, decoded[:, None])[:, 0]
     behind = float((ours.amax(-1) - own).max())
@@ -136,5 +138,6 @@ TARGETS: Table[type[Target]] = Table(
     "grace_opt.targets",
     {
         "hf-generate": "grace_opt.export.hf_generate:HFGenerate",
+        "vllm": "grace_opt.export.vllm:VLLM",
     },
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grace_opt.compression.method import Windows
 from grace_opt.export.vllm_plugin.pages import Part
 
 _SCORES = 1 << 22  # elements of one block of queries' scores: bounds the memory of a long prompt
@@ -25,15 +26,13 @@ class Held:
     ``residual_blocks``: int[b], the request's blocks in order.
     """
 
-    rows: tuple[Tensor, Tensor]
-    residuals: tuple[Tensor, Tensor]
+    rows: Sequence[Tensor]
+    residuals: Sequence[Tensor]
     row_blocks: Tensor
     residual_blocks: Tensor
 
 
-def attend(
-    part: Part, query: Tensor, held: Held, length: int, recent_window: int, sinks: int, scaling: float
-) -> Tensor:
+def attend(part: Part, query: Tensor, held: Held, length: int, windows: Windows, scaling: float) -> Tensor:
     """Outputs [n, heads, G, Dv] of the last n of a request's ``length`` tokens, which are stored already.
 
     query [n, heads, G, D]: G query heads for each KV head of the part. A query at t sees the token at s <= t whole if
@@ -46,24 +45,17 @@ def attend(
     for low in range(0, new, step):
         high = min(low + step, new)
         seen = length - new + high
-        outs.append(
-            _attend(part, query[low:high], (keys[:seen], values[:seen]), held, seen, recent_window, sinks, scaling)
-        )
+        outs.append(_attend(part, query[low:high] * scaling, (keys[:seen], values[:seen]), held, seen, windows))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _attend(
-    part: Part,
-    query: Tensor,
-    rows: Sequence[Tensor],
-    held: Held,
-    length: int,
-    recent_window: int,
-    sinks: int,
-    scaling: float,
+    part: Part, query: Tensor, rows: tuple[Tensor, Tensor], held: Held, length: int, windows: Windows
 ) -> Tensor:
+    """The same for some queries in a row, scaled, of which the last is at length - 1; rows [length, heads, _]."""
     (key, value), (new, heads, group, _) = part.codecs, query.shape
-    asked, outside = key.asked(query.permute(1, 2, 0, 3).reshape(heads, group * new, -1) * scaling)
+    recent_window, sinks = windows.recent_window, windows.sinks
+    asked, outside = key.asked(query.permute(1, 2, 0, 3).reshape(heads, group * new, -1))
     scores = (asked @ rows[0].permute(1, 2, 0)).view(heads, group, new, length)
     times = torch.arange(length, device=query.device)
     now = times[length - new :, None]

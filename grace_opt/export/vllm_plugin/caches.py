@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,9 @@ class Builder(AttentionMetadataBuilder[Batch]):
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Batch:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Batch:
         """The batch of a step."""
         about, block = common_attn_metadata, self.kv_cache_spec.block_size
         slots = about.slot_mapping[: about.num_actual_tokens]
@@ -56,9 +58,9 @@ class Builder(AttentionMetadataBuilder[Batch]):
 
 
 class Backend(AttentionBackend):
-    """What vLLM asks of a layer's attention; the model's layers attend themselves (`grace_opt...models`)."""
+    """What vLLM asks of a layer's attention; the model's layers attend themselves (`CompressedAttention`)."""
 
-    supported_dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
 
     @staticmethod
     def get_name() -> str:

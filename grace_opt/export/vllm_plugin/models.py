@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,62 +16,75 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from grace_opt.compression.codec import Codec
 from grace_opt.compression.mask import KVMask
 from grace_opt.compression.mask_file import load_mask
+from grace_opt.compression.method import Windows
+from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
 from grace_opt.export.vllm_plugin.attend import Held, attend
 from grace_opt.export.vllm_plugin.caches import Batch, PagedCache
 from grace_opt.export.vllm_plugin.pages import Part, block_sizes, layout
 from grace_opt.export.vllm_plugin.sinks import SinkWindowSpec
 
+DTYPES = ("float32", "bfloat16", "float16")  #: of a cache that is not quantised
+
 
 class CompressedAttention(nn.Module):
-    """In place of a layer's `Attention`: stores rows and residuals, and attends over them."""
+    """In place of a layer's `Attention`: stores rows and residuals, and attends over them.
+
+    Args:
+        stock: what it replaces.
+        parts: of the layer, their codecs on the model's device.
+        windows: the recent window, and the sinks.
+        caches: of rows, and of residuals if there are any.
+    """
 
     def __init__(
-        self, name: str, stock: Attention, parts: tuple[Part, ...], caches: tuple[PagedCache, ...], windows: tuple[int, int]
+        self, stock: Attention, parts: tuple[Part, ...], windows: Windows, caches: tuple[PagedCache, ...]
     ) -> None:
         super().__init__()
-        self.name, self.parts, self.caches, self.windows = name, parts, caches, windows
-        self.heads, self.kv_heads, self.size = stock.num_heads, stock.num_kv_heads, stock.head_size
-        self.scaling = float(stock.impl.scale)
+        self.name, self.parts, self.windows, self.caches = stock.layer_name, parts, windows, caches
+        self.kv_heads, self.size, self.scaling = stock.num_kv_heads, stock.head_size, float(stock.impl.scale)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Outputs [tokens, heads D] of the step's tokens; query [tokens, heads D], key and value [tokens, KV heads D]."""
+        """Outputs [tokens, Hq D] of a step's tokens; query [tokens, Hq D], key and value [tokens, Hkv D]."""
         output = torch.empty_like(query)
         torch.ops.grace_opt.attend_paged(query, key, value, output, self.name)
         return output
 
-    def run(self, query: Tensor, states: tuple[Tensor, Tensor], output: Tensor, batches: list[Batch]) -> None:
-        """Store the states of a step's tokens and write their outputs."""
-        tokens = batches[0].ends[-1]
-        grouped = query[:tokens].view(tokens, self.kv_heads, -1, self.size)
-        outs = output[:tokens].view(tokens, self.kv_heads, -1, self.size)
-        each = [side[:tokens].view(tokens, self.kv_heads, self.size) for side in states]
+    def run(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, batches: list[Batch]) -> None:
+        """Store the keys and values of a step's tokens, and write the outputs; ``batches``: of each cache."""
+        asked, keys, values, outs = (
+            each[: batches[0].ends[-1]].view(batches[0].ends[-1], self.kv_heads, -1, self.size)
+            for each in (query, key, value, output)
+        )
         for part in self.parts:
             heads = list(part.heads)
-            views = self._store(part, [side[:, heads].transpose(0, 1) for side in each], batches)
+            views = [
+                [place.of(cache.pages, cache.block) for place in places]
+                for cache, places in zip(self.caches, (part.rows, part.residuals), strict=False)
+            ]
+            for side, states in enumerate((keys, values)):
+                _store(part.codecs[side], states[:, heads, 0].transpose(0, 1), [each[side] for each in views], batches)
             for low, high, length, blocks in _requests(batches):
                 held = Held(views[0], views[-1], blocks[0], blocks[-1])
-                outs[low:high, heads] = attend(part, grouped[low:high, heads], held, length, *self.windows, self.scaling)
-
-    def _store(self, part: Part, states: list[Tensor], batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
-        """Put the states [heads, tokens, D] of a step where they belong; the part's views of the caches."""
-        views = []
-        for cache, batch, places in zip(self.caches, batches, (part.rows, part.residuals), strict=False):
-            views.append((places[0].of(cache.pages, cache.block), places[1].of(cache.pages, cache.block)))
-        for side, (codec, each) in enumerate(zip(part.codecs, states, strict=True)):
-            rows = codec.encode(each)
-            numbers = [rows, codec.residual(each, rows)] if len(views) > 1 else [rows]
-            for view, batch, some in zip(views, batches, numbers, strict=True):
-                view[side][batch.block, batch.inside] = some.transpose(0, 1)
-        return views
+                outs[low:high, heads] = attend(part, asked[low:high, heads], held, length, self.windows, self.scaling)
 
 
-def _requests(batches: list[Batch]) -> Any:
-    """Of each request with tokens in this step: where they begin and end, its length, its blocks in each cache."""
+def _store(codec: Codec, states: Tensor, views: list[Tensor], batches: list[Batch]) -> None:
+    """Put keys or values [heads, tokens, D] of a step where they belong in each cache [blocks, block, heads, _]."""
+    rows = codec.encode(states)
+    numbers = [rows] if len(views) == 1 else [rows, codec.residual(states, rows)]
+    for view, batch, each in zip(views, batches, numbers, strict=True):
+        view[batch.block, batch.inside] = each.transpose(0, 1)
+
+
+def _requests(batches: list[Batch]) -> Iterator[tuple[int, int, int, list[Tensor]]]:
+    """Of each request in a step: its tokens there from .. to, how many it has in all, its blocks in each cache."""
     low = 0
     for index, (high, length) in enumerate(zip(batches[0].ends, batches[0].lengths, strict=True)):
         if high > low:
@@ -87,7 +101,7 @@ def _attend_paged(query: Tensor, key: Tensor, value: Tensor, output: Tensor, lay
         return
     attention = context.no_compile_layers[layer]
     batches = [context.attn_metadata[cache.name] for cache in attention.caches]
-    attention.run(query, (key, value), output, batches)
+    attention.run(query, key, value, output, batches)
 
 
 def install(model: nn.Module, vllm_config: Any) -> None:
@@ -95,31 +109,26 @@ def install(model: nn.Module, vllm_config: Any) -> None:
 
     Raises InputError for a mask of another model, and for settings that the plug-in does not run.
     """
-    mask = _mask(vllm_config)
     found = {name: each for name, each in model.named_modules() if isinstance(each, Attention)}
-    first = next(iter(found.values()))
-    _check(vllm_config, mask, list(found.values()))
-    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    layers, n = len(found), mask.head_dim
-    shares = [_heads(each, ranks, mask.num_key_value_heads, first.num_kv_heads) for each in range(ranks)]
-    layouts = [layout(mask.plan, layers, heads, n) for heads in shares]
-    placed, like = layouts[rank], torch.empty(0, dtype=vllm_config.model_config.dtype)
-    caches = _caches(
-        max(each.rows for each in layouts), max(each.residuals for each in layouts), mask, vllm_config.model_config.dtype
-    )
+    _check(vllm_config, list(found.values()))
+    mask, dtype = _mask(vllm_config), vllm_config.model_config.dtype
+    held, ranks = next(iter(found.values())).num_kv_heads, get_tensor_model_parallel_world_size()
+    shares = [_heads(rank, ranks, mask.num_key_value_heads, held) for rank in range(ranks)]
+    layouts = [layout(mask.plan, len(found), heads, mask.head_dim) for heads in shares]
+    # Blocks are of one size in all ranks.
+    caches = _caches(max(each.rows for each in layouts), max(each.residuals for each in layouts), mask.plan, dtype)
+    layers = layouts[get_tensor_model_parallel_rank()].layers
     context = vllm_config.compilation_config.static_forward_context
-    for cache in caches:
-        context[cache.name] = cache
+    context.update({cache.name: cache for cache in caches})
+    like = torch.empty(0, dtype=dtype)  # on the device that vLLM makes the model on
     for name, stock in found.items():
         index = extract_layer_index(stock.layer_name)
-        parts = tuple(_moved(part, like) for part in placed.layers[index])
+        parts = tuple(part.to(like) for part in layers[index])
         windows = mask.plan.layers[index].windows if index in mask.plan.layers else mask.windows
-        ours = CompressedAttention(
-            stock.layer_name, stock, parts, caches, (windows.recent_window, windows.sinks)
-        )
-        context[stock.layer_name] = ours
         parent, _, attribute = name.rpartition(".")
+        ours = CompressedAttention(stock, parts, windows, caches)
         setattr(model.get_submodule(parent), attribute, ours)
+        context[ours.name] = ours
 
 
 def _heads(rank: int, ranks: int, total: int, held: int) -> list[int]:
@@ -128,23 +137,16 @@ def _heads(rank: int, ranks: int, total: int, held: int) -> list[int]:
     return list(range(first, first + held))
 
 
-def _moved(part: Part, like: Tensor) -> Part:
-    key, value = (codec.to(like) for codec in part.codecs)
-    return Part(part.heads, (key, value), part.rows, part.residuals)
-
-
-def _caches(rows: int, residuals: int, mask: KVMask, dtype: torch.dtype) -> tuple[PagedCache, ...]:
-    """Of rows, and of residuals if there are any."""
-    windows = [layer.windows for layer in mask.plan]
-    recent, sinks = max(1, *(each.recent_window for each in windows)), max(each.sinks for each in windows)
+def _caches(rows: int, residuals: int, plan: CachePlan, dtype: torch.dtype) -> tuple[PagedCache, ...]:
+    """Of so many rows' numbers a token, and of residuals if there are any. Layers are numbered for vLLM's sake."""
+    recent = max(1, *(layer.windows.recent_window for layer in plan))
+    sinks = max(layer.windows.sinks for layer in plan)
     blocks = block_sizes(rows, residuals, recent + sinks)
     page = max(blocks[0] * rows, blocks[1] * residuals) * dtype.itemsize
     alike = {"num_kv_heads": 1, "head_size_v": 0, "dtype": dtype, "page_size_padded": page}
     caches = [PagedCache("rows.0", FullAttentionSpec(block_size=blocks[0], head_size=rows, **alike))]
     if residuals:
-        spec = SinkWindowSpec(
-            block_size=blocks[1], head_size=residuals, sliding_window=recent, sinks=sinks, **alike
-        )
+        spec = SinkWindowSpec(block_size=blocks[1], head_size=residuals, sliding_window=recent, sinks=sinks, **alike)
         caches.append(PagedCache("residuals.1", spec))
     return tuple(caches)
 
@@ -158,24 +160,24 @@ def _mask(vllm_config: Any) -> KVMask:
     return mask
 
 
-def _check(vllm_config: Any, mask: KVMask, layers: list[Attention]) -> None:
+def _check(vllm_config: Any, layers: list[Attention]) -> None:
     """Raise InputError for what the plug-in does not run."""
-    from vllm.platforms import current_platform
-
-    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
-    wrong = [
-        (vllm_config.cache_config.cache_dtype not in ("auto", "float32", "bfloat16", "float16"), "a quantised KV cache (kv_cache_dtype)"),
-        (scheduler.disable_hybrid_kv_cache_manager, "a cache without groups (disable_hybrid_kv_cache_manager)"),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
-        (parallel.decode_context_parallel_size > 1, "context parallelism"),
-        (vllm_config.speculative_config is not None, "speculative decoding"),
-        (vllm_config.kv_transfer_config is not None, "a KV connector"),
-        (not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager, "CUDA graphs (give --enforce-eager)"),
-        (any(layer.sliding_window is not None for layer in layers), "layers that attend in a sliding window"),
-    ]
-    for is_so, what in wrong:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    wrong = {
+        "a quantised KV cache (kv_cache_dtype)": vllm_config.cache_config.cache_dtype not in ("auto", *DTYPES),
+        "one block table (disable_hybrid_kv_cache_manager)": (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "a KV connector": vllm_config.kv_transfer_config is not None,
+        "graphs on a card (give --enforce-eager)": not (current_platform.is_cpu() or model.enforce_eager),
+        "layers that attend in a sliding window": any(layer.sliding_window is not None for layer in layers),
+    }
+    for what, is_so in wrong.items():
         if is_so:
-            raise InputError(f"models that grace-opt exported do not run with {what} in vLLM; leave it out")
+            raise InputError(f"vLLM cannot run a model that grace-opt exported with {what}; leave it out")
 
 
 class _Compressed:

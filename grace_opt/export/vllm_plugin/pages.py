@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class Place:
     def of(self, pages: Tensor, block: int) -> Tensor:
         """The part [B, block, heads, width] of pages [B, >= block * numbers of a token], as a view."""
         part = pages[:, block * self.offset : block * self.end]
-        return part.unflatten(1, (block, self.heads, self.width))
+        return part.view(len(pages), block, self.heads, self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,11 @@ class Part:
     codecs: tuple[Codec, Codec]
     rows: tuple[Place, Place]
     residuals: tuple[Place, Place]
+
+    def to(self, like: Tensor) -> Part:
+        """With its codecs on the device and in the dtype of ``like``."""
+        key, value = (codec.to(like) for codec in self.codecs)
+        return replace(self, codecs=(key, value))
 
 
 @dataclass(frozen=True, eq=False)
