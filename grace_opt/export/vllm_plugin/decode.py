@@ -11,12 +11,12 @@ from pathlib import Path
 
 
 def main(asked: str, answer: str) -> None:
-    """Read what is asked, JSON with ``folder``, ``prompts`` and ``new_tokens``; write the tokens and their scores."""
+    """Read what is asked, JSON: ``folder``, ``dtype``, ``prompts``, ``new_tokens``; write tokens and their scores."""
     from vllm import LLM, SamplingParams
 
     told = json.loads(Path(asked).read_text(encoding="utf-8"))
     longest = max(map(len, told["prompts"])) + told["new_tokens"]
-    llm = LLM(told["folder"], enforce_eager=True, skip_tokenizer_init=True, max_model_len=longest)
+    llm = LLM(told["folder"], dtype=told["dtype"], enforce_eager=True, skip_tokenizer_init=True, max_model_len=longest)
     settings = SamplingParams(
         temperature=0, max_tokens=told["new_tokens"], ignore_eos=True, logprobs=0, detokenize=False
     )
