@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -17,6 +19,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from grace_opt.compression.method import Windows
+from grace_opt.export.vllm_plugin.decoding import Stretches
+
 
 @dataclass(frozen=True, eq=False)
 class Batch(AttentionMetadata):
@@ -27,6 +32,7 @@ class Batch(AttentionMetadata):
         lengths: tokens of each request, those of this step with it.
         blocks: int[requests, _], the blocks of each request in order.
         block, inside: int64[tokens], the block of each token of the step, and its place there.
+        stretches: what `decoded` found.
     """
 
     ends: list[int]
@@ -34,6 +40,16 @@ class Batch(AttentionMetadata):
     blocks: Tensor
     block: Tensor
     inside: Tensor
+    stretches: dict[Windows, Stretches] = field(default_factory=dict)
+
+    def decoded(self, other: Batch, blocks: tuple[int, int], windows: Windows) -> Stretches:
+        """Where tokens lie in this cache and another, of the requests of which one token came. Found once a step."""
+        if windows not in self.stretches:
+            chosen = [request for request, (low, high) in enumerate(pairwise([0, *self.ends])) if high - low == 1]
+            tables = [each.blocks[chosen].numpy().astype(np.int64) for each in (self, other)]
+            lengths = [self.lengths[request] for request in chosen]
+            self.stretches[windows] = Stretches.of(lengths, (tables[0], tables[1]), blocks, windows)
+        return self.stretches[windows]
 
 
 class Builder(AttentionMetadataBuilder[Batch]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
 from grace_opt.export.vllm_plugin.attend import Held, attend
 from grace_opt.export.vllm_plugin.caches import Batch, PagedCache
+from grace_opt.export.vllm_plugin.decoding import Decoder, decodes
 from grace_opt.export.vllm_plugin.pages import Part, block_sizes, layout
 from grace_opt.export.vllm_plugin.sinks import SinkWindowSpec
 
@@ -48,6 +50,7 @@ class CompressedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.parts, self.windows, self.caches = stock.layer_name, parts, windows, caches
+        self.decoders: dict[Part, Decoder] = {}
         self.kv_heads, self.size, self.scaling = stock.num_kv_heads, stock.head_size, float(stock.impl.scale)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -70,9 +73,28 @@ class CompressedAttention(nn.Module):
             ]
             for side, states in enumerate((keys, values)):
                 _store(part.codecs[side], states[:, heads, 0].transpose(0, 1), [each[side] for each in views], batches)
+            decoded = self._decode(part, asked, outs, batches)
             for low, high, length, blocks in _requests(batches):
+                if decoded and high - low == 1:
+                    continue
                 held = Held(views[0], views[-1], blocks[0], blocks[-1])
                 outs[low:high, heads] = attend(part, asked[low:high, heads], held, length, self.windows, self.scaling)
+
+    def _decode(self, part: Part, asked: Tensor, outs: Tensor, batches: list[Batch]) -> bool:
+        """Write the outputs of all requests of which one token came, if the kernel runs here; else say so."""
+        last, caches = [end - 1 for low, end in pairwise([0, *batches[0].ends]) if end - low == 1], self.caches
+        if not last or not decodes(asked.dtype, asked.device):
+            return False
+        if part not in self.decoders:
+            self.decoders[part] = Decoder(part, asked.shape[2], asked.dtype)
+        sizes = caches[0].block, caches[-1].block
+        at = batches[0].decoded(batches[-1], sizes, self.windows)
+        pages, heads = [cache.pages for cache in (caches[0], caches[-1])], list(part.heads)
+        query = asked[last][:, heads]
+        outs[torch.tensor(last)[:, None], torch.tensor(heads)] = self.decoders[part].attend(
+            query, pages, sizes, at, self.scaling
+        )
+        return True
 
 
 def _store(codec: Codec, states: Tensor, views: list[Tensor], batches: list[Batch]) -> None:

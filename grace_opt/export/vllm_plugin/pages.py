@@ -33,9 +33,12 @@ class Place:
         return self.offset + self.heads * self.width
 
     def of(self, pages: Tensor, block: int) -> Tensor:
-        """The part [B, block, heads, width] of pages [B, >= block * numbers of a token], as a view."""
+        """The part [B, block, heads, width] of pages [B, >= block * numbers of a token], as a view.
+
+        A head's numbers of all tokens of a block lie side by side, as the kernel for CPUs reads them.
+        """
         part = pages[:, block * self.offset : block * self.end]
-        return part.view(len(pages), block, self.heads, self.width)
+        return part.view(len(pages), self.heads, block, self.width).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from grace_opt.runtime.side import Side
 
 SHORTEST = 256  # tokens; a shorter cache is read by torch before this kernel would be loaded
-_FORMATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+FORMATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _SHARE = 512  # tokens of a KV head that are worth a thread's while
 _SMALL = 1 << 17  # bytes that one thread reads before others would have begun
 _NEEDED = ("avx2", "fma", "f16c")
@@ -59,7 +59,6 @@ class CpuKernel:
 
     def __init__(self) -> None:
         self._layers: WeakKeyDictionary[PrunedLayer, _Layer] = WeakKeyDictionary()
-        self._scratch = threading.local()  # threads may run models side by side
 
     def __deepcopy__(self, memo: object) -> CpuKernel:
         return self  # a copy of a layer is read by the same kernel
@@ -69,8 +68,8 @@ class CpuKernel:
         bits = [side.bits for side in layer.sides]
         if layer.first.device.type != "cpu" or layer.offloading:
             return "it reads what lies in the memory of a CPU"
-        if layer.dtype not in _FORMATS:
-            return f"it reads {', '.join(_FORMATS.values())}, not {str(layer.dtype).removeprefix('torch.')}"
+        if layer.dtype not in FORMATS:
+            return f"it reads {', '.join(FORMATS.values())}, not {str(layer.dtype).removeprefix('torch.')}"
         if 3 in bits or any(side.codec.block and not isinstance(side.codec, Integers) for side in layer.sides):
             return "it unpacks integers of 2, 4 or 8 bits only"
         if layer.extra is not None:
@@ -95,56 +94,19 @@ class CpuKernel:
         known = self._layers.get(layer)
         if known is None or not known.describes(layer):
             known = self._layers[layer] = _Layer.of(layer, query.shape[1])
-        keys, values = known.sides
-        batch, heads, group = layer.batch, known.heads, known.group
-        if not keys.native:
-            request.handle.store(0)
-            both = keys.codec.asked(query.reshape(batch, heads, group, query.shape[-1]))
-            query = torch.cat(both, dim=-1).view(batch, heads * group, 1, -1)
-        if not values.native:
-            request.handle.store(1)
-        query = query if query.stride(3) == 1 else query.contiguous()
+        for i, side in enumerate(known.sides):
+            if not side.native:
+                request.handle.store(i)
         length, element = int(layer.length), query.element_size()
-        out = query.new_empty(batch, 1, heads * group, values.width + values.residual)
-        bias = _bias(request.mask)
-
         states = [each if each is None or each.stride(3) == 1 else each.contiguous() for each in request.handle.pending]
         new = [_new(side, each, length, element) for side, each in zip(layer.sides, states, strict=True)]
         rows = [list(_segments(layer, b, first, length, element)) for b, first in enumerate(layer.first.tolist())]
-        count = max(map(len, rows))
-        segments = np.zeros((batch, count), decode.SEGMENT)
+        segments = np.zeros((layer.batch, max(map(len, rows))), decode.SEGMENT)
         for b, each in enumerate(rows):
             segments[b, : len(each)] = each
-
-        threads, pieces = _shares(batch * heads, length, known.row_bytes)
-        items, floats = batch * heads * pieces, known.scratch_floats
-        scratch, left = self._room(items * floats, batch * heads)
-        left[: batch * heads] = pieces
-        task = np.zeros(1, decode.TASK)
-        task[0] = (
-            *(0, items, pieces, heads, group, known.queries),
-            *(segments.ctypes.data, count, scratch.ctypes.data, floats, left.ctypes.data),
-            *(query.data_ptr(), query.stride(0) * element, query.stride(1) * element),
-            *(out.data_ptr(), out.stride(0) * element, out.stride(2) * element),
-            *((0, 0) if bias is None else (bias.data_ptr(), 4 * bias.stride(0) if len(bias) > 1 else 0)),
-            request.scaling,
-            *((*side.constants, *each) for side, each in zip(known.sides, new, strict=True)),
-        )
-        _run(known.work, task.ctypes.data, threads)
+        out = known.program.attend(query, segments, request.scaling, new, _bias(request.mask))
         request.handle.pending = [None, None]
-        out = out.transpose(1, 2)
-        if values.native:
-            return out
-        sums = out.reshape(batch, heads, group, -1)
-        whole = sums[..., values.width :] if values.residual else None
-        return values.codec.read(sums[..., : values.width], whole).view(batch, heads * group, 1, -1)
-
-    def _room(self, floats: int, heads: int) -> tuple[Any, IntArray]:
-        """This thread's memory, at least so much of it."""
-        held = getattr(self._scratch, "held", None)
-        if held is None or len(held[0]) < floats or len(held[1]) < heads:
-            held = self._scratch.held = np.empty(floats, np.float32), np.empty(heads, np.int64)
-        return held
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,11 +139,10 @@ class _Side:
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
-    """What does not change from token to token of a layer."""
+class Program:
+    """What does not change from token to token where keys and values are stored by these codecs, wherever they lie."""
 
     sides: tuple[_Side, _Side]
-    batch: int
     heads: int
     group: int
     queries: int
@@ -190,19 +151,88 @@ class _Layer:
     work: int
 
     @classmethod
-    def of(cls, layer: PrunedLayer, query_heads: int) -> _Layer:
+    def of(cls, codecs: Sequence[Codec], heads: int, group: int, dtype: torch.dtype) -> Program:
+        """For the codecs of keys and of values [1 or B, heads, ..], and ``group`` query heads for each KV head."""
         from grace_opt.runtime.kernels import decode
 
-        keys, values = sides = tuple(_Side.of(side.codec) for side in layer.sides)
-        heads = layer.key_side.whole.shape[1]
-        group = query_heads // heads
+        keys, values = sides = tuple(map(_Side.of, codecs))
         floats = decode.scratch_floats(group, *(side.width + side.residual for side in sides))
-        work = decode.compiled(
-            decode.queries_at_a_time(group), _FORMATS[layer.dtype], *(side.bits for side in layer.sides)
+        bits = [codec.bits if isinstance(codec, Integers) else 0 for codec in codecs]
+        work = decode.compiled(decode.queries_at_a_time(group), FORMATS[dtype], *bits)
+        row_bytes = sum(codec.nbytes(GROUP, dtype.itemsize) for codec in codecs) // GROUP
+        return cls((keys, values), heads, group, decode.padded_queries(group), floats, row_bytes, work)
+
+    def attend(
+        self,
+        query: Tensor,
+        segments: np.ndarray,
+        scaling: float,
+        new: Sequence[tuple[int, ...]] = ((0,) * 9, (0,) * 9),
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs [B, Hq, 1, Dv] of one query [B, Hq, 1, D] a row.
+
+        ``segments``: `decode.SEGMENT` [B, _], where the tokens of each row lie; ``new``: where the new token goes, if
+        it is not stored yet; ``bias``: [B or 1, slots], to be added to scores.
+        """
+        from grace_opt.runtime.kernels import decode
+
+        (keys, values), (batch, count), heads, group = self.sides, segments.shape, self.heads, self.group
+        if not keys.native:
+            both = keys.codec.asked(query.reshape(batch, heads, group, query.shape[-1]))
+            query = torch.cat(both, dim=-1).view(batch, heads * group, 1, -1)
+        query, element = query if query.stride(3) == 1 else query.contiguous(), query.element_size()
+        out = query.new_empty(batch, 1, heads * group, values.width + values.residual)
+        threads, pieces = _shares(batch * heads, int(segments["tokens"].sum(1).max()), self.row_bytes)
+        items, floats = batch * heads * pieces, self.scratch_floats
+        scratch, left = _room(items * floats, batch * heads)
+        left[: batch * heads] = pieces
+        task = np.zeros(1, decode.TASK)
+        task[0] = (
+            *(0, items, pieces, heads, group, self.queries),
+            *(segments.ctypes.data, count, scratch.ctypes.data, floats, left.ctypes.data),
+            *(query.data_ptr(), query.stride(0) * element, query.stride(1) * element),
+            *(out.data_ptr(), out.stride(0) * element, out.stride(2) * element),
+            *((0, 0) if bias is None else (bias.data_ptr(), 4 * bias.stride(0) if len(bias) > 1 else 0)),
+            scaling,
+            *((*side.constants, *each) for side, each in zip(self.sides, new, strict=True)),
         )
-        row_bytes = sum(side.codec.nbytes(GROUP, layer.dtype.itemsize) for side in layer.sides) // GROUP
-        queries = decode.padded_queries(group)
-        return cls((keys, values), layer.batch, heads, group, queries, floats, row_bytes, work)
+        _run(self.work, task.ctypes.data, threads)
+        out = out.transpose(1, 2)
+        if values.native:
+            return out
+        sums = out.reshape(batch, heads, group, -1)
+        whole = sums[..., values.width :] if values.residual else None
+        return values.codec.read(sums[..., : values.width], whole).view(batch, heads * group, 1, -1)
+
+
+_SCRATCH = threading.local()  # threads may run models side by side
+
+
+def _room(floats: int, heads: int) -> tuple[Any, IntArray]:
+    """This thread's memory, at least so much of it."""
+    held = getattr(_SCRATCH, "held", None)
+    if held is None or len(held[0]) < floats or len(held[1]) < heads:
+        held = _SCRATCH.held = np.empty(floats, np.float32), np.empty(heads, np.int64)
+    return held
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """The program of a layer of our cache."""
+
+    program: Program
+    batch: int
+
+    @classmethod
+    def of(cls, layer: PrunedLayer, query_heads: int) -> _Layer:
+        heads = layer.key_side.whole.shape[1]
+        codecs = [side.codec for side in layer.sides]
+        return cls(Program.of(codecs, heads, query_heads // heads, layer.dtype), layer.batch)
+
+    @property
+    def sides(self) -> tuple[_Side, _Side]:
+        return self.program.sides
 
     def describes(self, layer: PrunedLayer) -> bool:
         pairs = zip(self.sides, layer.sides, strict=True)
