@@ -38,6 +38,7 @@ def in_vllm(folder: Path, batches: list[tuple[list[list[int]], int]], work: Path
     told["batches"] = [{"prompts": prompts, "new_tokens": count} for prompts, count in batches]
     asked.write_text(json.dumps(told), encoding="utf-8")
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ}
+    environment |= {"VLLM_CPU_SIM_MULTI_NUMA": "1"} if settings.get("tensor_parallel_size", 1) > 1 else {}
     command = [sys.executable, str(Path(__file__).parent / "runner.py"), str(asked), str(answer)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert answer.is_file(), run.stderr[-3000:]
@@ -83,6 +84,16 @@ def test_several_requests_chunked_preempted_and_found_again(tmp_path: Path) -> N
     assert rows["page"] / rows["block"] == pytest.approx(of_token, rel=0.1)
     assert rows["page"] == residuals["page"]
     assert residuals["spec"] == "SinkWindowSpec"
+
+
+@pytest.mark.parametrize("setting", [{"tensor_parallel_size": 2}, {"enforce_eager": False}])
+def test_heads_on_two_ranks_and_a_compiled_model(setting: dict[str, Any], tmp_path: Path) -> None:
+    """Two processes share this machine's memory node, which vLLM would not do by itself."""
+    model, tokenizer = tiny(**BIG)
+    mask = random_mask(model, 13, values=16, ragged=True, recent_window=24, sinks=4, readout="static")
+    folder, prompts = exported(mask, (model, tokenizer), tmp_path / "out"), prompts_of(37, 133)
+    found = in_vllm(folder, [(prompts, 40)], tmp_path, **setting)
+    assert_as_ours(found["batches"][0], prompts, 40, mask, model)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
