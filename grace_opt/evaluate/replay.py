@@ -16,6 +16,7 @@ from grace_opt.errors import InputError
 from grace_opt.evaluate.capture import Captured
 from grace_opt.runtime.cache import PrunedCache, cache
 from grace_opt.runtime.layer import PrunedLayer
+from grace_opt.runtime.narrow import prefill_narrow, unbroken
 from grace_opt.runtime.ragged import RaggedLayer
 
 CHUNK = 256  # tokens that are scored in one pass
@@ -48,6 +49,18 @@ def replay(captured: Captured, plan: CachePlan | KVMask) -> PrunedCache:
     return past
 
 
+def narrow(captured: Captured, plan: CachePlan | KVMask) -> PrunedCache:
+    """The cache after the prompt where it is computed on what is stored, each query with its own window (`prefill`)."""
+    past = cache(plan, captured.model)
+    try:
+        with torch.inference_mode():
+            prefill_narrow(captured.model.base_model, past, captured.ids[:, : captured.prefix], CHUNK)
+    except BaseException:
+        past.release()
+        raise
+    return past
+
+
 def dense(captured: Captured) -> Any:
     """The uncompressed cache after the prompt; the captured one stays as it is."""
     past = DynamicCache(config=captured.model.config.get_text_config(decoder=True))
@@ -64,7 +77,7 @@ def log_probabilities(captured: Captured, past: Any, *, chunk: int = CHUNK) -> I
     with torch.inference_mode():
         low = captured.prefix
         while low < captured.ids.shape[1]:
-            count = min([chunk, *_unbroken(past)])
+            count = min([chunk, *unbroken(past)])
             part = captured.ids[:, low : low + count]
             logits = captured.model(input_ids=part, past_key_values=past, use_cache=True).logits[0]
             yield logits.float().log_softmax(-1)
@@ -81,9 +94,3 @@ def greedy_tokens(captured: Captured, past: Any, count: int) -> list[int]:
             part = logits[:, -1:].argmax(-1)
             tokens.append(int(part))
     return tokens
-
-
-def _unbroken(past: Any) -> list[int]:
-    """How many tokens each layer takes at once as if they came one by one, where that is limited."""
-    steps = [layer.unbroken() for layer in past.layers if isinstance(layer, PrunedLayer | RaggedLayer)]
-    return [each for each in steps if each is not None]

