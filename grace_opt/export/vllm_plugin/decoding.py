@@ -90,7 +90,7 @@ class Decoder:
             if rest.width:
                 address, head = _addresses(pages[1], rest, blocks[1], at.block[1], at.inside[1])
                 segments[f"{name}_rest"], segments[f"{name}_rest_head"] = np.where(at.whole, address, 0), head
-        found = segments.ctypes.data, segments.shape[1]
+        found = segments.ctypes.data, at.tokens.shape[1]
         out = self.program.attend(query.flatten(1, 2)[:, :, None], found, int(at.tokens.sum(1).max()), scaling)
         return out.view(len(query), self.heads, self.group, -1)
 
