@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import is_
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,10 +15,13 @@ from grace_opt.runtime.kernels.cpu_program import STORED, Program
 from grace_opt.runtime.packed import Packed
 
 if TYPE_CHECKING:
+    from grace_opt.runtime.buffers import Buffer
     from grace_opt.runtime.layer import PrunedLayer
     from grace_opt.runtime.side import Side
 
-_NONE = ((0, 0, 0), (0, 0, 0))  # no residuals
+Rest = tuple[int, int, int]
+_NONE = (0, 0, 0)  # no residuals
+_PACKED = Packed, FixedPacked
 
 
 class Place(NamedTuple):
@@ -101,7 +104,7 @@ def new_token(side: Side, held: HeldSide, states: Tensor | None, index: int, len
 def all_segments(layer: PrunedLayer, held: Sequence[HeldSide], length: int) -> tuple[array[int], int]:
     """Records of `decode.SEGMENT` for each row of the batch, as many for one as for another, and how many."""
     firsts = layer.first.tolist() if layer.is_static else layer.firsts
-    rows = [list(segments(layer, held, b, first, length)) for b, first in enumerate(firsts)]
+    rows = [_segments(layer, held, b, first, length) for b, first in enumerate(firsts)]
     count, records = max(map(len, rows)), array("q")
     for each in rows:
         for record in each:
@@ -110,52 +113,67 @@ def all_segments(layer: PrunedLayer, held: Sequence[HeldSide], length: int) -> t
     return records, count
 
 
-def segments(
-    layer: PrunedLayer, held: Sequence[HeldSide], b: int, first: int, length: int
-) -> Iterator[tuple[int, ...]]:
+def _segments(layer: PrunedLayer, held: Sequence[HeldSide], b: int, first: int, length: int) -> list[tuple[int, ...]]:
     """Records of a `decode.SEGMENT` for the tokens of a row of the batch, in order of their slots."""
+    keys, values = held
     buffers = [side.buffer for side in layer.sides]
     near = layer.key_side.window.runs(length)
-    window = min((begin for begin, _, _ in near), default=length)
-    packed = next((each for each in buffers if isinstance(each, Packed | FixedPacked)), None)
+    window = near[0][0] if near else length
+    packed = next((each for each in buffers if isinstance(each, _PACKED)), None)
     begin, count = (0, 0) if packed is None else packed.blocks_of(b)
     sinks = min(first + layer.sink_count, window)
+    found: list[tuple[int, ...]] = []
 
-    def plain(low: int, high: int, rests: Sequence[tuple[int, int, int]] = _NONE) -> Iterator[tuple[int, ...]]:
+    def plain(low: int, high: int, key_rest: Rest = _NONE, value_rest: Rest = _NONE) -> None:
         """Tokens that are held as they came, as many at a time as lie side by side on both sides."""
-        runs = [each.runs(low, high) for each in buffers] if low < high else []
-        for start in sorted({run[0] for each in runs for run in each}):
-            places, ends = [], []
-            for side, each in zip(held, runs, strict=True):
-                begins, ends_at, index = next(run for run in each if run[0] <= start < run[1])
-                places.append(side.rows.at(b, index + start - begins))
-                ends.append(ends_at)
-            beside = (number for address, head, row in rests for number in (address + (start - low) * row, head))
-            yield min(ends) - start, 0, start, *places[0], *places[1], *(0,) * 6, *beside
+        for start, end, key_at, value_at in _common(buffers, low, high):
+            rows = (*keys.rows.at(b, key_at), *values.rows.at(b, value_at))
+            beside = (*_from(key_rest, start - low), *_from(value_rest, start - low))
+            found.append((end - start, 0, start, *rows, 0, 0, 0, 0, 0, 0, *beside))
 
     if not count:  # padding, where it is held
-        yield from plain(0 if packed is None else min(packed.held_from, first), first)
+        plain(0 if packed is None else min(packed.held_from, first), first)
     if first < sinks:
-        rests = [_beside(side.whole, b, 0) for side in held]
+        rests = _beside(keys.whole, b, 0), _beside(values.whole, b, 0)
         if count:
             rows = [side.rows.at(b, first) if side.head is None else side.head.at(b, 0) for side in held]
-            beside = (number for rest in rests for number in rest[:2])
-            yield sinks - first, 0, first, *rows[0], *rows[1], *(0,) * 6, *beside
+            beside = (*_from(rests[0], 0), *_from(rests[1], 0))
+            found.append((sinks - first, 0, first, *rows[0], *rows[1], 0, 0, 0, 0, 0, 0, *beside))
         else:
-            yield from plain(first, sinks, rests)
+            plain(first, sinks, *rests)
     if count:
-        yield _packed(held, b, begin, GROUP * count)
-    yield from plain(max(sinks, begin + GROUP * count), window)
+        found.append(_packed(held, b, begin, GROUP * count))
+    plain(max(sinks, begin + GROUP * count), window)
     for low, high, index in near:
-        yield from plain(low, high, [_beside(side.window, b, index) for side in held])
+        plain(low, high, _beside(keys.window, b, index), _beside(values.window, b, index))
+    return found
 
 
-def _beside(place: Place | None, b: int, index: int) -> tuple[int, int, int]:
+def _common(buffers: Sequence[Buffer], low: int, high: int) -> list[tuple[int, int, int, int]]:
+    """What lies side by side on both sides: first slot, last + 1, index in keys and in values."""
+    if low >= high:
+        return []
+    keys, values = (each.runs(low, high) for each in buffers)
+    if len(keys) == len(values) == 1:  # nearly always
+        return [(low, high, keys[0][2], values[0][2])]
+    found = []
+    for start in sorted({run[0] for run in (*keys, *values)}):
+        (key, value) = (next(run for run in each if run[0] <= start < run[1]) for each in (keys, values))
+        found.append((start, min(key[1], value[1]), key[2] + start - key[0], value[2] + start - value[0]))
+    return found
+
+
+def _beside(place: Place | None, b: int, index: int) -> Rest:
     """Where residuals lie: address, bytes between heads, bytes between tokens."""
     if place is None:
-        return 0, 0, 0
+        return _NONE
     address, head, row = place.at(b, index)
     return address, head, row * place.element
+
+
+def _from(rest: Rest, tokens: int) -> tuple[int, int]:
+    """Where residuals lie from one of the tokens on."""
+    return rest[0] + tokens * rest[2], rest[1]
 
 
 def _packed(held: Sequence[HeldSide], b: int, begin: int, tokens: int) -> tuple[int, ...]:
