@@ -149,7 +149,7 @@ def test_integers(kernel: Tried, key_bits: int, value_bits: int, static: bool) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [0, 4])
 def test_sixteen_bits(kernel: Tried, dtype: torch.dtype, bits: int) -> None:
-    """As near to float64 as the model in 16 bits is by itself."""
+    """As near to float64, on average, as a model in 16 bits is; a kernel that is wrong is off by all of a logit."""
     model = tiny_model("Llama", num_hidden_layers=1).to(dtype)
     mask = random_mask(model, 7, values=9, recent_window=4, sinks=2, readout="static")
     ids = torch.randint(3, 99, (2, 90), generator=torch.Generator().manual_seed(0))
@@ -161,7 +161,8 @@ def test_sixteen_bits(kernel: Tried, dtype: torch.dtype, bits: int) -> None:
     found = torch.cat(logits_of(model, past, chunks, ids, tokens))
     assert len(kernel.calls) == 6
     assert past.layers[0].key_side.buffer.tensors()[0].stride(2) % 8 == 0 or bits
-    torch.testing.assert_close(found.double(), expected, atol=5e-2 if dtype == torch.float16 else 0.4, rtol=0)
+    assert expected.std() > 1
+    assert (found.double() - expected).abs().mean() < (0.03 if dtype == torch.float16 else 0.2)
 
 
 @pytest.mark.parametrize("codec", ["lowrank", "streaming"])
