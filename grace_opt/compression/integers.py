@@ -135,6 +135,10 @@ class Packed:
         """Bytes of codes, scales and zeros."""
         return sum(each.numel() * each.element_size() for each in (self.codes, self.scale, self.zero))
 
+    def levels(self) -> Tensor:
+        """uint8[..., R, L]: the codes, one an element."""
+        return _unpack(self.codes, self.bits, self.shape[-2 if self.axis == "channel" else -1]).to(torch.uint8)
+
     def unpack(self) -> Tensor:
         """The tensor in its original shape and dtype, contiguous; see `quantise` for the error. O(elements)."""
         length = self.shape[-2 if self.axis == "channel" else -1]
@@ -147,7 +151,12 @@ class Packed:
         return (rows.mT if self.axis == "channel" else rows).contiguous()
 
 
-def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
+def packable(x: Tensor) -> Tensor:
+    """bool[]: whether all elements are finite and within what float16 scales reach."""
+    return (x.abs() <= _LIMIT).all()  # false for NaN too
+
+
+def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32, checked: bool = True) -> Packed:
     """Asymmetric min-max integers of x [..., T, d], a floating-point tensor on any device. O(elements), vectorised.
 
     A group's zero is its minimum rounded down to the stored dtype, its scale (maximum - zero) / (2^bits - 1) rounded
@@ -156,6 +165,8 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
     for the arithmetic in float32, plus the rounding to x's dtype. The scale is at most (maximum - minimum + one ulp of
     the zero) / (2^bits - 1), rounded up. A group of equal elements comes back exactly if float16 (bfloat16 for
     bfloat16) holds its value, and within scale / 2, a fraction of an ulp of it, if not.
+
+    ``checked``: whether to wait for the device and look at the elements; who does not must know they are `packable`.
 
     Raises:
         InputError: for elements that are not finite or beyond float16's 65504; for a tensor of integers or of fewer
@@ -178,7 +189,7 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
     filler = rows[..., -1:].expand(*rows.shape[:-1], count * group - length if length else 0)
     groups = torch.cat([rows, filler], dim=-1).view(*rows.shape[:-1], count, group)
     low, high = groups.amin(-1), groups.amax(-1)
-    if not bool(((low >= -_LIMIT) & (high <= _LIMIT)).all()):  # false for NaN too
+    if checked and not bool(packable(groups)):
         raise InputError(
             "keys or values to quantise are not finite or beyond 65504, which float16 scales cannot reach; leave this "
             "layer unquantised"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -186,6 +187,17 @@ class Preallocated:
     each_row = each
 
 
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Where residuals of whole tokens lie: of the last ``count`` slots, those from ``begins`` on are whole, slot t's at
+    ``rows[:, :, (t - base) % size]``, rows [B, H, size, e]."""
+
+    rows: Tensor
+    base: int
+    count: int
+    begins: int = 0
+
+
 class Window(Protocol):
     """The residuals of the last tokens."""
 
@@ -193,6 +205,12 @@ class Window(Protocol):
         """Take those of tokens that just came, ``length`` tokens with them; returns what their queries may see whole,
         [B, H, _, e], up to the last token, or in a preallocated cache that keeps generated tokens from its first slot
         on."""
+
+    def admit(self) -> None:
+        """Make room for the residual of one token that just came, which a kernel stores."""
+
+    def span(self, length: int | Tensor) -> Span:
+        """Where the residuals of the tokens lie that the last of ``length`` may see whole."""
 
     def place(self, length: int) -> Tensor:
         """[B, H, e], where the residual of the last of ``length`` tokens goes, which just came."""
@@ -257,9 +275,15 @@ class Ring:
         if not torch.compiler.is_compiling() and _frozen(self.rows):
             self.rows = self.rows.clone()
 
-    def place(self, length: int) -> Tensor:
+    def admit(self) -> None:
         self.held = min(self.held + 1, self.size)
         self._let_write()
+
+    def span(self, length: int | Tensor) -> Span:
+        return Span(self.rows, 0, min(self.held, self.recent))
+
+    def place(self, length: int) -> Tensor:
+        self.admit()
         return self.rows[:, :, (length - 1) % self.size]
 
     def runs(self, length: int) -> list[tuple[int, int, int]]:
@@ -297,8 +321,14 @@ class Kept:
         self.rows.append(residuals)
         return self.seen
 
-    def place(self, length: int) -> Tensor:
+    def admit(self) -> None:
         self.rows.reserve(self.rows.length + 1)
+
+    def span(self, length: int | Tensor) -> Span:
+        return Span(self.rows.buffer, int(length) - self.rows.length, self.seen.shape[2])
+
+    def place(self, length: int) -> Tensor:
+        self.admit()
         return self.rows.tokens[:, :, -1]
 
     def runs(self, length: int) -> list[tuple[int, int, int]]:
@@ -334,6 +364,13 @@ class FixedKept:
         at = length - residuals.shape[2] - self.begins + torch.arange(residuals.shape[2], device=residuals.device)
         self.rows.index_copy_(2, at, residuals)
         return self.seen
+
+    def admit(self) -> None:
+        pass
+
+    def span(self, length: int | Tensor) -> Span:
+        seen = self.seen.shape[2]
+        return Span(self.rows, self.begins, self.begins + self.rows.shape[2], self.begins + self.rows.shape[2] - seen)
 
     def place(self, length: int) -> Tensor:
         return self.rows[:, :, length - 1 - self.begins]

@@ -14,6 +14,7 @@ from grace_opt.compression.codec import Codec, Whole
 from grace_opt.compression.method import CROP
 from grace_opt.compression.pays import Shapes
 from grace_opt.compression.plan import LayerPlan
+from grace_opt.compression.tiles import arranged
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.heads import KINDS, Kind
@@ -255,7 +256,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Of all heads, [1 or B, H, ..]."""
         if self._whole or kind not in self.plan.kinds:
             return Whole(states.shape[3])
-        return for_prompt(self.plan, rows, kind, states)
+        return arranged(for_prompt(self.plan, rows, kind, states), states.device)
 
     def _side(self, kind: Kind, states: Tensor, codec: Codec) -> Side:
         """The side with everything stored but residuals of whole tokens outside of the window."""

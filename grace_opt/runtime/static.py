@@ -14,6 +14,7 @@ from grace_opt.heads import Kind
 from grace_opt.runtime.buffers import Buffer, FixedKept, Preallocated, Ring, Window, fix, room_of
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.layer import PrunedLayer
+from grace_opt.runtime.prompt import Rows
 from grace_opt.runtime.side import Side
 from grace_opt.runtime.slots import first_seen, refuse_right_padding
 
@@ -93,9 +94,17 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         """Store the sinks among the tokens that just came."""
         if handle.new > 1 and not torch.compiler.is_compiling():
             refuse_right_padding(mask, int(self.length))
-        if self.sink_count:
+        if self._sinks_missing:
             self._find_first(mask, self.max_length)
             self._put_residuals(handle.residuals, self.length - handle.new, handle.new)
+
+    def _store(self, states: tuple[Tensor, Tensor], rows: Rows) -> None:
+        super()._store(states, rows)
+        self._note_sinks()
+
+    def _note_sinks(self) -> None:
+        """Known on the host, so that no later step looks for sinks that have all come with the prompt."""
+        self._sinks_missing = bool(self.sink_count) and int(self.first.max()) + self.sink_count > self.prompt_length
 
     def _find_first(self, mask: Tensor | None, length: int) -> None:
         if mask is not None:
@@ -108,6 +117,7 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
     def _crop(self, count: int) -> None:
         self.length.sub_(count)
         self.prompt_length = min(self.prompt_length, int(self.length))
+        self._note_sinks()
         for side in self.sides:
             side.window.crop(count, int(self.length))
 
