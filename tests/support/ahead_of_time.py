@@ -1,6 +1,7 @@
 """Compile what `decode` launches for a card that is not there, and look at the machine code.
 
-    TRITON_INTERPRET=0 python -m tests.support.ahead_of_time '{"sm": 90, "cases": [{"dk": 48, "dv": 48}]}'
+    TRITON_INTERPRET=0 python -m tests.support.ahead_of_time \\
+        '{"sm": 90, "cases": [{"dk": 48, "dv": 48}], "kernels": ["attend_far"]}'
 
 `decode` itself runs, on CPU tensors, under a driver of Triton that only names a target; each launch is compiled and not
 made. So what is examined is what the real host code asks for. Prints a list of records as JSON, one a kernel.
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import re
 import subprocess
 import sys
@@ -35,7 +35,7 @@ CARDS = {  # multiprocessors; shared memory of a program, and of a multiprocesso
     86: triton_card.Card(84, 101376, 102400),
     90: triton_card.Card(132, 232448, 233472),
 }
-BYTES_A_CYCLE = 12.95  # of a multiprocessor of an H100: 3.0 TB/s of copies, 1.755 GHz
+BYTES_A_CYCLE = 12.95  # that a multiprocessor of an H100 copies: 3.0 TB/s of 132, at 1.755 GHz
 
 
 class NoDriver:
@@ -64,16 +64,43 @@ class NoDriver:
         return True
 
 
-def compiling(names: tuple[str, ...], found: list[tuple[str, Any]]) -> None:
-    """Let each launch of these kernels of `decode` compile only, and note what it compiled."""
-    for name in names:
+def compiling(names: list[str], found: list[tuple[str, Any]]) -> None:
+    """Let each launch of `decode` compile only, of these kernels, and note what it compiled."""
+    for name in ("prepare", "attend_far", "attend_codes", "merge"):
         kernel = getattr(host, name)
 
         def wrapped(*args: Any, kernel: Any = kernel, grid: Any, warmup: bool, name: str = name, **kwargs: Any) -> None:
+            if name not in names:
+                return
             compiled = type(kernel).run(kernel, *args, grid=grid, warmup=True, **kwargs)
             found.append((name, compiled.result() if hasattr(compiled, "result") else compiled))
 
         kernel.run = wrapped
+
+
+def stored(d: int, kind: int, width: int, tokens: int, bits: int, of: dict[str, Any]) -> Stored:
+    """Of 2 rows and 8 heads: a random read-out, 4 sinks and a ring of 256 tokens."""
+    batch, heads, rest = 2, 8, width - d
+    pitch = -(-d // 8) * 8 if of["dtype"].itemsize == 2 else d
+    codes = None
+    if bits:
+        axis: Any = ("channel", "token")[kind]
+        like = Tiles(Rows(d), bits, axis).pack(torch.zeros(1, 1, 2, BLOCK, d, **of))  # type: ignore[arg-type]
+        held = [each.new_empty(batch, heads, tokens // BLOCK, *each.shape[3:]) for each in like]
+        head = torch.empty(batch, heads, 4, d, **of)
+        codes = Codes(held[0], held[1], torch.zeros(batch, dtype=torch.int32), bits, head)
+    return Stored(
+        torch.empty(batch, heads, tokens + 33, pitch, **of),  # an odd number of rows: nothing is aligned by chance
+        d,
+        torch.empty(batch, heads, 256, rest, **of),
+        0,
+        torch.empty(batch, heads, 4, rest, **of),
+        torch.zeros(1, heads, width, dtype=torch.int64),
+        torch.empty(1, heads, rest, d, **of) if rest else None,
+        torch.empty(1, heads, rest, **of) if rest else None,
+        torch.empty(batch, heads, 1, width, **of),
+        codes=codes,
+    )
 
 
 def launch(
@@ -84,47 +111,24 @@ def launch(
     width: int = 128,
     mask: str | None = None,
     device_length: bool = False,
-    tokens: int = 4096,
     bits: int = 0,
-) -> None:
-    """One decoded token of 2 rows and 8 KV heads, with read-outs, 4 sinks and 128 recent tokens."""
+) -> dict[str, int]:
+    """One decoded token of 2 rows and 8 KV heads at 4096 tokens; what the host expects of the far kernel."""
     of: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    batch, heads = 2, 8
-    sides = []
-    for d in (dk, dv):
-        pitch = -(-d // 8) * 8 if of["dtype"].itemsize == 2 else d
-        rest = width - d
-        axis: Any = "channel" if not sides else "token"
-        codes = None
-        if bits:
-            held = [
-                each[:, :, :0] for each in Tiles(Rows(d), bits, axis).pack(torch.zeros(batch, heads, 2, BLOCK, d, **of))
-            ]  # type: ignore[arg-type]
-            held = [each.new_empty(batch, heads, 60, *each.shape[3:]) for each in held]
-            counts = torch.zeros(batch, dtype=torch.int32)
-            codes = Codes(held[0], held[1], counts, bits, torch.empty(batch, heads, 4, d, **of))
-        sides.append(
-            Stored(
-                torch.empty(batch, heads, tokens + 33, pitch, **of),
-                d,
-                torch.empty(batch, heads, 256, rest, **of),
-                0,
-                torch.empty(batch, heads, 4, rest, **of),
-                torch.zeros(1, heads, width, dtype=torch.int64),
-                torch.empty(1, heads, rest, d, **of) if rest else None,
-                torch.empty(1, heads, rest, **of) if rest else None,
-                torch.empty(batch, heads, 1, width, **of),
-                codes=codes,
-            )
-        )
-    given = {
+    tokens, batch, heads = 4096, 2, 8
+    keys, values = (stored(d, kind, width, tokens, bits, of) for kind, d in enumerate((dk, dv)))
+    masks = {
         None: None,
         "bool": torch.ones(batch, tokens, dtype=torch.bool),
         "added": torch.zeros(batch, tokens, **of),
-    }[mask]
+    }
     length = torch.tensor(tokens) if device_length else tokens
     query = torch.empty(batch, heads * group, 1, width, **of)
-    host.decode(query, *sides, length, torch.zeros(batch, dtype=torch.int64), Whole(4, 128), given, 0.1)
+    first = torch.zeros(batch, dtype=torch.int64)
+    host.decode(query, keys, values, length, first, Whole(4, 128), masks[mask], 0.1)
+    tile, _ = host.tiles_of(keys, values)
+    rows = tile.tokens * (keys.padded + values.padded) * of["dtype"].itemsize
+    return {"tile": tile.nbytes if bits else rows, "most_shared": tile.shared}
 
 
 def look(compiled: Any) -> dict[str, Any]:
@@ -135,8 +139,6 @@ def look(compiled: Any) -> dict[str, Any]:
         usage = _run(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
         code = _run(TOOLS / "nvdisasm", "-c", file.name)
     registers, _, _, local = map(int, re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)[0])
-    if path := os.environ.get("DUMP"):
-        Path(path).write_text(code)
     lines = [line for line in code.splitlines() if re.match(r"\s*(/\*[0-9a-f]{4,}\*/|\.L_x)", line)]
     loop = _longest_loop(lines)
     counted = collections.Counter(filter(None, map(_operation, lines)))
@@ -146,10 +148,9 @@ def look(compiled: Any) -> dict[str, Any]:
         "registers": registers,
         "spills": local + _of(counted, "LDL|STL"),
         "loop": sum(inside.values()),
-        "products": _of(inside, "HMMA"),
+        "warps": compiled.metadata.num_warps,
         "loads": {size: n for size in (1, 2, 4, 8, 16) if (n := _of(inside, "LDG", size))},
         "instructions": sum(counted.values()),
-        "inside": dict(inside.most_common()),
     }
 
 
@@ -186,15 +187,18 @@ def _bytes(name: str) -> int:
 def main() -> None:
     asked = json.loads(sys.argv[1])
     driver.set_active(NoDriver(GPUTarget("cuda", asked["sm"], 32)))
-    for module in (host,):
-        module.card_of = lambda device: CARDS[asked["sm"]]
+    host.card_of = lambda device: CARDS[asked["sm"]]
     found: list[tuple[str, Any]] = []
-    compiling(("prepare", "attend_far", "attend_codes", "merge"), found)
+    compiling(asked["kernels"], found)
     records = []
     for case in asked["cases"]:
         found.clear()
-        launch(**case)
-        records += [{"case": case, "kernel": name, **look(compiled)} for name, compiled in found]
+        expected = launch(**case)
+        for name, compiled in found:
+            record = look(compiled)
+            cycles = record["loop"] * record["warps"] / 4  # a multiprocessor issues four instructions a cycle
+            record["issue"] = expected["tile"] / BYTES_A_CYCLE / cycles
+            records.append({"case": case, "kernel": name} | expected | record)
     print(json.dumps(records))
 
 

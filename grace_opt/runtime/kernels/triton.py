@@ -214,6 +214,7 @@ def decode(
                 E=values.summed,
                 STAGES=tile.stages,
                 num_warps=tile.tokens // BLOCK,
+                maxnreg=168,
                 enable_fp_fusion=True,
             )
             packed = (keys.codes.head, values.codes.head, keys.codes.counts)

@@ -10,6 +10,7 @@ import torch
 
 WARPS = 4  # of a program
 _ON_THE_WAY = 65536  # bytes that hide the memory's latency on a multiprocessor, with room to spare
+_BY_REGISTERS = 3  # programs of 4 warps and 168 registers that a multiprocessor holds
 _RESERVED = 1024  # bytes of shared memory that the driver takes of each program
 _MOST = 128  # splits
 
@@ -69,7 +70,7 @@ def tiles(row_bytes: int, program_shared: int, longest: int = 64, most: int = 3)
 def resident(card: Card, each: Tiles) -> int:
     """Programs that a multiprocessor holds at a time: as its shared memory allows, but no more than hide latency."""
     held = max(1, card.shared // (each.shared + _RESERVED))
-    return min(held, max(2, math.ceil(_ON_THE_WAY / ((each.stages - 1) * each.nbytes))))
+    return min(held, _BY_REGISTERS, max(2, math.ceil(_ON_THE_WAY / ((each.stages - 1) * each.nbytes))))
 
 
 def splits(programs: int, tokens: int, card: Card, each: Tiles) -> int:
