@@ -123,8 +123,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         new = key_states.shape[2]
         self._grow(new)
         self._unattended = True
-        before = self.length - new
-        if self._is_prompt(before):
+        if self._is_prompt(new):
             self._prompt = key_states, value_states
             handle = Handle(self, new, self._prompt)
             whole = self.plan.choice is None and "value" not in self.plan.kinds and self.plan.tokens is None
@@ -171,8 +170,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.slots is not None:
             self.slots.grow(new, self.length + self.dropped)
 
-    def _is_prompt(self, before: Any) -> bool:
-        return bool(before == 0)
+    def _is_prompt(self, new: int) -> bool:
+        return self.length == new
 
     # ------------------------------------------------------------ the prompt
 

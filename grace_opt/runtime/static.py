@@ -39,14 +39,13 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         self.recent_window, self.sink_count = (min(each, self.max_length) for each in (self.recent_window, self.sinks))
         self.length = torch.tensor(0)
         self._empty = True
+        self._longest = 0  # what the length was before tokens were taken back
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """As of `PrunedLayer`."""
         super().lazy_initialization(key_states, value_states)
         self.length = self.length.to(self.device)
-        # The slot of the oldest token with a residual in the window.
-        self._oldest_slot = torch.full_like(self.length, -self.recent_window - self.spare)
-        fix(self.length, self.first, self._oldest_slot)
+        fix(self.length, self.first)
 
     def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
         return Preallocated(like, self.max_length, room_of(codec.width, like.dtype))
@@ -75,14 +74,11 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
                     "max_length"
                 )
         else:
-            fits = self.length + new <= self.max_length
-            torch._assert_async(fits, "the static cache is full; make it with a larger max_length")
+            full = "the static cache is full; make it with a larger max_length"
+            torch._assert_async(self.length <= self.max_length - new, full)
         self.length.add_(new)
-        if not self.keeps:
-            behind = self.length - self.recent_window - self.spare
-            self._oldest_slot.copy_(torch.maximum(self._oldest_slot, behind))
 
-    def _is_prompt(self, before: Any) -> bool:
+    def _is_prompt(self, new: int) -> bool:
         empty, self._empty = self._empty, False
         return empty
 
@@ -115,6 +111,7 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         side.whole.copy_(torch.where(arrived, residuals, side.whole))
 
     def _crop(self, count: int) -> None:
+        self._longest = max(self._longest, int(self.length))
         self.length.sub_(count)
         self.prompt_length = min(self.prompt_length, int(self.length))
         self._note_sinks()
@@ -122,7 +119,9 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
             side.window.crop(count, int(self.length))
 
     def _oldest(self) -> int:
-        return self._kept_from() if self.keeps else max(0, int(self._oldest_slot))
+        if self.keeps:
+            return self._kept_from()
+        return max(0, max(self._longest, int(self.length)) - self.recent_window - self.spare)
 
     def get_seq_length(self) -> Any:
         """How many tokens have come, as a tensor: transformers makes positions of it."""

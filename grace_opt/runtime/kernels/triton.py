@@ -214,7 +214,8 @@ def decode(
                 E=values.summed,
                 STAGES=tile.stages,
                 num_warps=tile.tokens // BLOCK,
-                maxnreg=168,
+                # Left to itself, ptxas spills to fit four programs of 4 bits on a multiprocessor.
+                maxnreg=168 if keys.codes.bits == values.codes.bits == 4 else None,
                 enable_fp_fusion=True,
             )
             packed = (keys.codes.head, values.codes.head, keys.codes.counts)

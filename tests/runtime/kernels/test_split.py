@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import grace_opt.runtime
 from grace_opt.compression import tiles
@@ -16,6 +17,7 @@ from grace_opt.compression.plan import CachePlan
 from grace_opt.compression.tokens.base import Tier, TokenPolicy, TokenRule
 from grace_opt.compression.tokens.streaming import Streaming
 from grace_opt.graphs.observed import Observed
+from grace_opt.runtime.attention import compressed
 from grace_opt.runtime.kernels import choose, split
 from grace_opt.runtime.kernels import triton as kernel
 from tests.support.families import tiny_model
@@ -133,14 +135,73 @@ def test_a_compiled_step_by_the_kernel_is_one_graph(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the runtime use the kernel, and note each call."""
+class Launches(TorchDispatchMode):
+    """Counts operations that would launch something on a card, and those that wait for it."""
+
+    VIEWS = ("view", "slice", "select", "transpose", "permute", "expand", "unsqueeze", "squeeze", "alias", "detach")
+    NOTHING = (*VIEWS, "_unsafe_view", "as_strided", "empty", "new_empty", "empty_like", "unbind", "split", "t", "lift")
+    READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[str] = []
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        if name in self.READS:
+            self.reads.append(name)
+        elif name not in (*self.NOTHING, "decode"):  # decode is counted apart
+            self.launches.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ["growing", "preallocated", "integers"])
+def test_launches_and_host_reads_of_64_steps(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Of a layer, from the new token's states to its output: six launches at most, but where a block is packed or the
+    buffers grow, and nothing waits for the device."""
+    monkeypatch.setattr(tiles, "DEVICES", {"cpu"})
+    calls = counted(monkeypatch, run=False)
+    model = tiny_model("Llama", num_hidden_layers=1).half()
+    (plan,) = random_mask(model, 7, values=9, recent_window=4, sinks=2, readout="static").plan
+    options = {"integers": {"key_bits": 4, "value_bits": 4}, "preallocated": {"max_length": 500}}.get(case, {})
+    past = grace_opt.runtime.cache(CachePlan({0: plan}), model, **options)
+    module, layer = torch.nn.Module(), past.layers[0]
+    module.num_key_value_groups = 2
+
+    def states(tokens: int) -> list[Tensor]:
+        return [torch.randn(2, heads, tokens, 16).half() for heads in (4, 2, 2)]
+
+    def step(query: Tensor, keys: Tensor, values: Tensor) -> None:
+        compressed(module, query, *layer.update(keys, values), None)
+
+    with torch.no_grad():
+        step(*states(400))
+        if case == "preallocated":  # on a CPU the length is looked at, to say a sentence; not on a card
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        each = []
+        for new in [states(1) for _ in range(64)]:
+            with Launches() as seen:
+                step(*new)
+            assert not seen.reads
+            each.append(3 + len(seen.launches))  # three kernels
+    assert len(calls) == 64
+    assert sorted(each)[40] <= 6, (each, seen.launches)  # buffers of 400 tokens grow by three
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, run: bool = True) -> list[int]:
+    """Let the runtime use the kernel, and note each call; without running it, if so."""
     calls: list[int] = []
     decode = kernel.decode
 
     def noted(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
-        return decode(*arguments, **named)
+        if run:
+            return decode(*arguments, **named)
+        with _disable_current_modes():  # rows that nobody wrote
+            for side in arguments[1:3]:
+                side.rows.nan_to_num_(posinf=0, neginf=0)
+        return torch.empty_like(arguments[0])
 
     monkeypatch.setattr(split, "INTERPRETED", True)
     monkeypatch.setattr(kernel, "decode", noted)
