@@ -70,6 +70,13 @@ def test_integers(tmp_path: Path, sm: int) -> None:
         assert each["issue"] >= 1.3
 
 
+def test_integers_in_float16(tmp_path: Path) -> None:
+    """Whose codes take an instruction more."""
+    cases = [{"dk": 128, "dv": 96, "bits": bits, "dtype": "float16", "mask": "added"} for bits in (4, 8)]
+    for each in compiled(tmp_path, 86, ["attend_codes"], *cases):
+        assert each["issue"] >= 1
+
+
 def test_what_comes_before_and_after(tmp_path: Path) -> None:
     """Of heads of 128 and 256 channels, and after integers, on the smallest card."""
     cases = [
