@@ -51,6 +51,8 @@ class TritonKernel:
             return answer
         if torch.is_grad_enabled() and request.query.requires_grad:
             return "it has no gradient"
+        if request.query.shape[1] > triton.MOST_QUERIES * request.handle.layer.key_side.whole.shape[1]:
+            return f"it takes at most {triton.MOST_QUERIES} query heads of a KV head"
         return True
 
     def attend(self, request: Request) -> Tensor:

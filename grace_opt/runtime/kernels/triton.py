@@ -26,6 +26,7 @@ from grace_opt.runtime.kernels.triton_products import INTERPRETED
 from grace_opt.runtime.kernels.triton_splits import attend_far
 
 OLDEST = (3, 3)  # of Triton; 3.2 does not overlap loads with products
+MOST_QUERIES = 64  # of a KV head: their sums are held in registers
 _LOG2_E = 1 / math.log(2)
 
 
@@ -239,7 +240,7 @@ def decode(
             SINKS=whole.sinks > 0,
             TILE=tile.tokens,
             N=near.tokens,
-            CHUNK=8,
+            CHUNK=max(1, 64 // columns),
             num_warps=max(_warps(keys), _warps(values)),
             num_stages=near.stages,
             **shapes,
