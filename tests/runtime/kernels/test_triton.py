@@ -338,7 +338,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     of = made(Case(40)).arguments
     assert kernel.missing(of["query"]) is None
     assert kernel.too_wide(of["keys"], of["values"]) is None
-    wide = replace(of["keys"], rows=torch.empty(1, 1, 1, 1024))
+    wide = replace(of["keys"], rows=torch.empty(1, 1, 1, 2048), width=2048)
     assert "101376 bytes of shared memory" in str(kernel.too_wide(wide, wide))
     monkeypatch.setattr(kernel.triton, "__version__", "3.2.0")
     assert "needs Triton 3.3 or newer, and this is 3.2.0" in str(kernel.missing(of["query"]))
