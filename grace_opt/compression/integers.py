@@ -140,6 +140,10 @@ class Packed:
         """Bytes of codes, scales and zeros."""
         return sum(each.numel() * each.element_size() for each in (self.codes, self.scale, self.zero))
 
+    def levels(self) -> Tensor:
+        """uint8[..., R, L]: the codes, one an element."""
+        return _unpack(self.codes, self.bits, self.shape[-2 if self.axis == "channel" else -1]).to(torch.uint8)
+
     def unpack(self) -> Tensor:
         """The tensor in its original shape and dtype, contiguous; see `quantise` for the error. O(elements)."""
         length = self.shape[-2 if self.axis == "channel" else -1]
@@ -159,7 +163,12 @@ class Packed:
         return (rows.mT if self.axis == "channel" else rows).contiguous()
 
 
-def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
+def packable(x: Tensor) -> Tensor:
+    """bool[]: whether all elements are finite and within what float16 scales reach."""
+    return (x.abs() <= _LIMIT).all()  # false for NaN too
+
+
+def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32, checked: bool = True) -> Packed:
     """Asymmetric min-max integers of x [..., T, d], a floating-point tensor on any device. O(elements), vectorised.
 
     A group's zero is its minimum rounded down to the stored dtype, its scale (maximum - zero) / (2^bits - 1) rounded
@@ -169,6 +178,8 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
     the zero) / (2^bits - 1), rounded up. A group of equal elements comes back exactly if float16 (bfloat16 for
     bfloat16) holds its value, and within scale / 2, a fraction of an ulp of it, if not.
 
+    ``checked``: whether to wait for the device and look at the elements; who does not must know they are `packable`.
+
     Raises:
         InputError: for elements that are not finite or beyond float16's 65504; for a tensor of integers or of fewer
             than two dimensions; for other bits or axes; for an empty group.
@@ -177,7 +188,7 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32) -> Packed:
     if _is_compiled(x, x.numel()) and x.dtype == torch.float32:
         return _quantised(x.contiguous(), bits, axis, group)
     along = _along(axis)
-    codes, scale, zero = _coded(x, bits, along, group)
+    codes, scale, zero = _coded(x, bits, along, group, checked)
     packed = _pack(codes.flatten(along - 1, along).narrow(along, 0, x.shape[along]).to(torch.uint8), bits, along)
     scale, zero = scale.squeeze(along), zero.squeeze(along)
     if axis == "channel":
@@ -212,7 +223,7 @@ def _along(axis: Axis) -> int:
     return -2 if axis == "channel" else -1
 
 
-def _coded(x: Tensor, bits: Bits, along: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def _coded(x: Tensor, bits: Bits, along: int, group: int, checked: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, float32[..., G, group, d] along -2, [..., T, G, group] along -1; scales and zeros, with 1 in place of the
     group. Left as x lies: to transpose codes is cheaper than to transpose numbers."""
     length = x.shape[along]
@@ -225,7 +236,8 @@ def _coded(x: Tensor, bits: Bits, along: int, group: int) -> tuple[Tensor, Tenso
         numbers = torch.cat([numbers, numbers.narrow(along, length - 1, 1).expand(shape)], dim=along)
     groups = torch.unflatten(numbers, along, (count, group))
     low, high = groups.amin(along, keepdim=True), groups.amax(along, keepdim=True)
-    _refuse_unreachable(((low >= -_LIMIT) & (high <= _LIMIT)).all())  # false for NaN too
+    if checked:
+        _refuse_unreachable(((low >= -_LIMIT) & (high <= _LIMIT)).all())  # false for NaN too
     stored = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     scale, zero = _scales(low, high, bits, stored)
     # A scale of 0 belongs to a group of elements that all equal its zero: any divisor makes their codes 0.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from grace_opt.compression.codec import Codec
-from grace_opt.runtime.buffers import fix, ring_runs, taken, waits_for_no_device
+from grace_opt.runtime.buffers import fix, taken, waits_for_no_device
 from grace_opt.runtime.packed import Places, unpacked
+from grace_opt.runtime.windows import ring_runs
 
 
 class FixedPacked:

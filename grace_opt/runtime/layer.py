@@ -14,10 +14,11 @@ from grace_opt.compression.codec import Codec, Whole
 from grace_opt.compression.method import CROP
 from grace_opt.compression.pays import Shapes
 from grace_opt.compression.plan import LayerPlan
+from grace_opt.compression.tiles import arranged
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.heads import KINDS, Kind
-from grace_opt.runtime.buffers import Buffer, Growing, Kept, Ring, Window, followed, room_of, taken
+from grace_opt.runtime.buffers import Buffer, Growing, followed, room_of, taken
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.kernels.choose import usable
 from grace_opt.runtime.kernels.contract import Kernel
@@ -25,6 +26,7 @@ from grace_opt.runtime.packed import Packed
 from grace_opt.runtime.prompt import Rows, Staying, observed, staying
 from grace_opt.runtime.side import Side
 from grace_opt.runtime.slots import Slots, first_seen, refuse_right_padding
+from grace_opt.runtime.windows import Kept, Ring, Window
 
 
 class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -122,8 +124,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         new = key_states.shape[2]
         self._grow(new)
         self._unattended = True
-        before = self.length - new
-        if self._is_prompt(before):
+        if self._is_prompt(new):
             self._prompt = key_states, value_states
             handle = Handle(self, new, self._prompt)
             whole = self.plan.choice is None and "value" not in self.plan.kinds and self.plan.tokens is None
@@ -170,8 +171,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.slots is not None:
             self.slots.grow(new, self.length + self.dropped)
 
-    def _is_prompt(self, before: Any) -> bool:
-        return bool(before == 0)
+    def _is_prompt(self, new: int) -> bool:
+        return self.length == new
 
     # ------------------------------------------------------------ the prompt
 
@@ -255,7 +256,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Of all heads, [1 or B, H, ..]."""
         if self._whole or kind not in self.plan.kinds:
             return Whole(states.shape[3])
-        return for_prompt(self.plan, rows, kind, states)
+        return arranged(for_prompt(self.plan, rows, kind, states), states.device)
 
     def _side(self, kind: Kind, states: Tensor, codec: Codec) -> Side:
         """The side with everything stored but residuals of whole tokens outside of the window."""

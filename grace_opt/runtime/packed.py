@@ -38,6 +38,7 @@ class Packed:
         self._due = 0  # the length at which a block may be due next
         self._firsts, self._counts = [0] * len(like), [0] * len(like)  # of the rows: first token's slot, and blocks
         self._places: Places | None = None  # of this length, once it was asked for
+        self._on_device: Tensor | None = None  # the counts, once they were asked for
 
     # ------------------------------------------------------------ rows in slots
 
@@ -69,7 +70,7 @@ class Packed:
             if count > have:
                 self._pack(slice(None) if len(rows) == len(firsts) else torch.tensor(rows), first, have, count)
         if counts != self._counts:
-            self._counts = counts
+            self._counts, self._on_device = counts, None
             left, tokens = self.length - min(self._ends()), self.last.tokens
             self.last = Growing(tokens)
             self.last.append(tokens[:, :, tokens.shape[2] - left :])
@@ -93,6 +94,13 @@ class Packed:
     def blocks_of(self, row: int) -> tuple[int, int]:
         """The slot of the first block of a row of the batch, and how many it has."""
         return self._begin(self._firsts[row]), self._counts[row]
+
+    @property
+    def counts(self) -> Tensor:
+        """int32[B], on the device: how many blocks each row has."""
+        if self._on_device is None:
+            self._on_device = torch.tensor(self._counts, dtype=torch.int32, device=self.last.buffer.device)
+        return self._on_device
 
     def _begin(self, first: int) -> int:
         """The slot of the first block of a row that begins at ``first``."""
@@ -175,7 +183,7 @@ class Packed:
         return [self.last.buffer, self.head, *(each.buffer for each in self.blocks)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.head, self._places = change(self.head), None
+        self.head, self._places, self._on_device = change(self.head), None, None
         self.last.each(change)
         for block in self.blocks:
             block.each(change)
@@ -183,7 +191,7 @@ class Packed:
     def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         self.each(change)
         rows = followed(list(zip(self._firsts, self._counts, strict=True)), change, len(self.last.buffer))
-        self._firsts, self._counts = [first for first, _ in rows], [count for _, count in rows]
+        self._firsts, self._counts, self._on_device = [first for first, _ in rows], [count for _, count in rows], None
 
 
 def unpacked(codec: Codec, held: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:

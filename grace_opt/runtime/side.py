@@ -9,7 +9,8 @@ from torch import Tensor
 
 from grace_opt.compression.codec import Codec, Whole
 from grace_opt.compression.integers import Integers
-from grace_opt.runtime.buffers import Buffer, Window
+from grace_opt.runtime.buffers import Buffer
+from grace_opt.runtime.windows import Window
 
 
 class Side:

@@ -11,21 +11,14 @@ from grace_opt.compression.codec import Codec
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.heads import Kind
-from grace_opt.runtime.buffers import (
-    Buffer,
-    FixedKept,
-    Preallocated,
-    Ring,
-    Window,
-    fix,
-    room_of,
-    waits_for_no_device,
-)
+from grace_opt.runtime.buffers import Buffer, Preallocated, fix, room_of, waits_for_no_device
 from grace_opt.runtime.fixed_packed import FixedPacked
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.layer import PrunedLayer
+from grace_opt.runtime.prompt import Rows
 from grace_opt.runtime.side import Side
 from grace_opt.runtime.slots import first_seen, refuse_right_padding
+from grace_opt.runtime.windows import FixedKept, Ring, Window
 
 
 class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
@@ -48,14 +41,13 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         self.recent_window, self.sink_count = (min(each, self.max_length) for each in (self.recent_window, self.sinks))
         self.length = torch.tensor(0)
         self._empty = True
+        self._longest = 0  # what the length was before tokens were taken back
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """As of `PrunedLayer`."""
         super().lazy_initialization(key_states, value_states)
         self.length = self.length.to(self.device)
-        # The slot of the oldest token with a residual in the window.
-        self._oldest_slot = torch.full_like(self.length, -self.recent_window - self.spare)
-        fix(self.length, self.first, self._oldest_slot)
+        fix(self.length, self.first)
 
     def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
         if codec.block:
@@ -88,14 +80,11 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
                     "max_length"
                 )
         else:
-            fits = self.length + new <= self.max_length
-            torch._assert_async(fits, "the static cache is full; make it with a larger max_length")
+            full = "the static cache is full; make it with a larger max_length"
+            torch._assert_async(self.length <= self.max_length - new, full)
         self.length.add_(new)
-        if not self.keeps:
-            behind = self.length - self.recent_window - self.spare
-            self._oldest_slot.copy_(torch.maximum(self._oldest_slot, behind))
 
-    def _is_prompt(self, before: Any) -> bool:
+    def _is_prompt(self, new: int) -> bool:
         empty, self._empty = self._empty, False
         return empty
 
@@ -107,22 +96,24 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         """Store the sinks among the tokens that just came."""
         if handle.new > 1 and not torch.compiler.is_compiling():
             refuse_right_padding(mask, int(self.length))
-        packs = any(side.codec.block for side in self.sides)
-        if (self.sink_count or packs) and self._may_bring_firsts(handle.new):
+        if self._firsts_missing:
             self._find_first(mask, self.max_length)
             self._put_residuals(handle.residuals, self.length - handle.new, handle.new)
-        if packs and not self.keeps:
+        if not self.keeps:
             self._pack()
 
     def _pack(self) -> None:
         for side in self.sides:
             side.buffer.pack(self.first)
 
-    def _may_bring_firsts(self, new: int) -> bool:
-        """False once each row's first token and sinks are known to have come, which is asked where the host may."""
-        if not waits_for_no_device(self.length):
-            return True
-        return int(self.length) - new < int(self.first.max()) + max(self.sink_count, 1)
+    def _store(self, states: tuple[Tensor, Tensor], rows: Rows) -> None:
+        super()._store(states, rows)
+        self._note_firsts()
+
+    def _note_firsts(self) -> None:
+        """Known on the host: where all first tokens and sinks have come with the prompt, no later step looks for them."""
+        needed = max(self.sink_count, int(any(side.codec.block for side in self.sides)))
+        self._firsts_missing = needed > 0 and int(self.first.max()) + needed > self.prompt_length
 
     def _find_first(self, mask: Tensor | None, length: int) -> None:
         if mask is not None:
@@ -133,13 +124,17 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         side.whole.copy_(torch.where(arrived, residuals, side.whole))
 
     def _crop(self, count: int) -> None:
+        self._longest = max(self._longest, int(self.length))
         self.length.sub_(count)
         self.prompt_length = min(self.prompt_length, int(self.length))
+        self._note_firsts()
         for side in self.sides:
             side.window.crop(count, int(self.length))
 
     def _oldest(self) -> int:
-        return self._kept_from() if self.keeps else max(0, int(self._oldest_slot))
+        if self.keeps:
+            return self._kept_from()
+        return max(0, max(self._longest, int(self.length)) - self.recent_window - self.spare)
 
     def get_seq_length(self) -> Any:
         """How many tokens have come, as a tensor: transformers makes positions of it."""
