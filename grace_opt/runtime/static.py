@@ -111,7 +111,7 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         self._note_firsts()
 
     def _note_firsts(self) -> None:
-        """Known on the host: where all first tokens and sinks have come with the prompt, no later step looks for them."""
+        """Known on the host: where first tokens and sinks have all come with the prompt, no step looks for them."""
         needed = max(self.sink_count, int(any(side.codec.block for side in self.sides)))
         self._firsts_missing = needed > 0 and int(self.first.max()) + needed > self.prompt_length
 

@@ -11,6 +11,7 @@ import torch
 
 import grace_opt.runtime
 from grace_opt import InputError, KVMask
+from grace_opt.compression import tiles
 from grace_opt.compression.lowrank import LowRank
 from grace_opt.compression.plan import CachePlan, TokenRule
 from grace_opt.compression.tokens.streaming import Streaming
@@ -54,6 +55,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 
     monkeypatch.setattr(cpu, "SHORTEST", 0)
     monkeypatch.setattr(split, "INTERPRETED", True)
+    if request.param == "triton":
+        monkeypatch.setattr(tiles, "DEVICES", {"cpu"})
     monkeypatch.setattr(kind, "attend", noted)
     return found
 
@@ -108,10 +111,6 @@ def test_generation_is_the_same(kernel: Tried, case: Case) -> None:
     given = {name: value for name, value in vars(case).items() if name not in ("kept", "static", "group")}
     mask = random_mask(model, case.kept, **given)
     options: dict[str, Any] = {"max_length": 60} if case.static else {}
-    if kernel.name == "triton" and case.static and case.generated == "keep":
-        with pytest.raises(InputError, match="kernel 'triton' cannot read layer 0: .*preallocated"):
-            run(model, kernel.cache(mask, model, **options))
-        return
     wide = deepcopy(model).double()
     expected = run(wide, grace_opt.runtime.cache(mask, wide, **options), kernel.tokens)
     assert not kernel.calls
@@ -136,8 +135,8 @@ def test_integers(kernel: Tried, key_bits: int, value_bits: int, static: bool) -
     bits |= {"max_length": 140} if static else {}
     wide, chunks = deepcopy(model).double(), [130 - tokens] + [1] * tokens
     expected = logits_of(wide, grace_opt.runtime.cache(mask, wide, **bits), chunks, ids, attended)
-    if kernel.name == "triton" and (static or not (key_bits and value_bits)):
-        with pytest.raises(InputError, match="integers of (both sides or none|a cache that grows)"):
+    if kernel.name == "triton":  # which reads them in 16 bits
+        with pytest.raises(InputError, match="kernel 'triton' cannot read layer 0: it (unpacks|reads) integers of"):
             logits_of(model, kernel.cache(mask, model, **bits), chunks, ids, attended)
         return
     found = logits_of(model, kernel.cache(mask, model, **bits), chunks, ids, attended)
@@ -160,7 +159,7 @@ def test_sixteen_bits(kernel: Tried, dtype: torch.dtype, bits: int) -> None:
     past = kernel.cache(mask, model, **options)
     found = torch.cat(logits_of(model, past, chunks, ids, tokens))
     assert len(kernel.calls) == 6
-    assert past.layers[0].key_side.buffer.tensors()[0].stride(2) % 8 == 0 or bits
+    assert bits or past.layers[0].key_side.buffer.tensors()[0].stride(2) % 8 == 0
     assert expected.std() > 1
     assert (found.double() - expected).abs().mean() < (0.03 if dtype == torch.float16 else 0.2)
 
