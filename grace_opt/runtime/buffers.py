@@ -1,4 +1,7 @@
-"""Where a cache layer holds rows, growing or preallocated, and the residuals of the last tokens."""
+"""Where a cache layer holds rows, growing or preallocated, and the residuals of the last tokens.
+
+Over 400 lines: a buffer and a window are two protocols with several forms each, which are read side by side.
+"""
 
 from __future__ import annotations
 
