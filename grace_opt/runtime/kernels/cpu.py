@@ -58,7 +58,7 @@ class CpuKernel:
             return "it reads what lies in the memory of a CPU"
         if layer.dtype not in FORMATS:
             return f"it reads {', '.join(FORMATS.values())}, not {str(layer.dtype).removeprefix('torch.')}"
-        if 3 in bits or any(side.codec.block and not isinstance(side.codec, Integers) for side in layer.sides):
+        if 3 in bits or any(side.codec.block and type(side.codec) is not Integers for side in layer.sides):
             return "it unpacks integers of 2, 4 or 8 bits only"
         if layer.extra is not None:
             return "it knows no whole tokens but sinks and the recent window"
