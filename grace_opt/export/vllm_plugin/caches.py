@@ -32,7 +32,7 @@ class Batch(AttentionMetadata):
         lengths: tokens of each request, those of this step with it.
         blocks: int[requests, _], the blocks of each request in order.
         block, inside: int64[tokens], the block of each token of the step, and its place there.
-        stretches: what `decoded` found.
+        stretches: what `lying` found.
     """
 
     ends: list[int]
@@ -42,12 +42,16 @@ class Batch(AttentionMetadata):
     inside: Tensor
     stretches: dict[Windows, Stretches] = field(default_factory=dict)
 
-    def decoded(self, other: Batch, blocks: tuple[int, int], windows: Windows) -> Stretches:
-        """Where tokens lie in this cache and another, of the requests of which one token came. Found once a step."""
+    @property
+    def single(self) -> list[int]:
+        """The requests of which one token came."""
+        return [request for request, (low, high) in enumerate(pairwise([0, *self.ends])) if high - low == 1]
+
+    def lying(self, other: Batch, blocks: tuple[int, int], windows: Windows) -> Stretches:
+        """Where the tokens of `single` requests lie in this cache and another. Found once a step."""
         if windows not in self.stretches:
-            chosen = [request for request, (low, high) in enumerate(pairwise([0, *self.ends])) if high - low == 1]
-            tables = [each.blocks[chosen].numpy().astype(np.int64) for each in (self, other)]
-            lengths = [self.lengths[request] for request in chosen]
+            tables = [each.blocks[self.single].numpy().astype(np.int64) for each in (self, other)]
+            lengths = [self.lengths[request] for request in self.single]
             self.stretches[windows] = Stretches.of(lengths, (tables[0], tables[1]), blocks, windows)
         return self.stretches[windows]
 
@@ -63,9 +67,10 @@ class Builder(AttentionMetadataBuilder[Batch]):
     ) -> Batch:
         """The batch of a step."""
         about, block = common_attn_metadata, self.kv_cache_spec.block_size
-        slots = about.slot_mapping[: about.num_actual_tokens]
+        ends = about.query_start_loc_cpu[1 : about.num_reqs + 1].tolist()
+        slots = about.slot_mapping[: ends[-1]]
         return Batch(
-            about.query_start_loc_cpu[1 : about.num_reqs + 1].tolist(),
+            ends,
             about.seq_lens[: about.num_reqs].tolist(),
             about.block_table_tensor,
             slots // block,

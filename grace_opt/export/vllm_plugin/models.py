@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +81,15 @@ class CompressedAttention(nn.Module):
 
     def _decode(self, part: Part, asked: Tensor, outs: Tensor, batches: list[Batch]) -> bool:
         """Write the outputs of all requests of which one token came, if the kernel runs here; else say so."""
-        last, caches = [end - 1 for low, end in pairwise([0, *batches[0].ends]) if end - low == 1], self.caches
-        if not last or not decodes(asked.dtype, asked.device):
+        tokens, caches = [batches[0].ends[request] - 1 for request in batches[0].single], self.caches
+        if not tokens or not decodes(asked.dtype, asked.device):
             return False
         if part not in self.decoders:
             self.decoders[part] = Decoder(part, asked.shape[2], asked.dtype)
-        sizes = caches[0].block, caches[-1].block
-        at = batches[0].decoded(batches[-1], sizes, self.windows)
-        pages, heads = [cache.pages for cache in (caches[0], caches[-1])], list(part.heads)
-        query = asked[last][:, heads]
-        outs[torch.tensor(last)[:, None], torch.tensor(heads)] = self.decoders[part].attend(
-            query, pages, sizes, at, self.scaling
-        )
+        pages, sizes = [cache.pages for cache in caches], (caches[0].block, caches[-1].block)
+        at = batches[0].lying(batches[-1], sizes, self.windows)
+        where = torch.tensor(tokens)[:, None], torch.tensor(part.heads)
+        outs[where] = self.decoders[part].attend(asked[where], pages, sizes, at, self.scaling)
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,14 @@ import pytest
 import torch
 from vllm.v1.core.block_pool import BlockPool
 
+from grace_opt.compression.method import Windows
+from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
-from grace_opt.export.vllm_plugin.models import _check, _heads
+from grace_opt.export.vllm_plugin.caches import Batch, PagedCache
+from grace_opt.export.vllm_plugin.models import CompressedAttention, _check, _heads
+from grace_opt.export.vllm_plugin.pages import layout
 from grace_opt.export.vllm_plugin.sinks import SinkWindowManager, SinkWindowSpec
+from tests.support.pages import BLOCKS, GROUP, HEADS, PLANS, N, dense, plans
 
 BLOCK = 16
 SPEC = SinkWindowSpec(
@@ -128,3 +134,44 @@ def test_settings_that_it_does_not_run_are_refused(part: str | None, name: str, 
     setattr(config if part is None else getattr(config, part), name, value)
     with pytest.raises(InputError, match=sentence):
         _check(config, [config.layer])
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_a_step_of_long_and_single_requests_is_stored_and_attended(kind: str) -> None:
+    """One request decodes, one has a chunk of its prompt, one decodes, one begins; blocks lie anywhere."""
+    plan, windows, lengths, new = plans(kind), Windows(3, 8), [50, 40, 7, 21], [1, 13, 1, 21]
+    found = layout(CachePlan({0: plan}), 1, range(HEADS), N)
+    generator = torch.Generator().manual_seed(4)
+    caches, batches = [], []
+    states = [[torch.randn(HEADS, length, N, generator=generator) for _ in range(2)] for length in lengths]
+    for block, total in zip(BLOCKS, (found.rows, found.residuals), strict=True):
+        cache = PagedCache(f"cache.{block}", SimpleNamespace(block_size=block))
+        cache.bind_kv_cache(torch.full((60, 1, block, total), torch.nan))
+        caches.append(cache)
+        table = torch.randperm(60, generator=generator)[:28].view(4, 7).int()
+        slots = [torch.arange(length - count, length) for length, count in zip(lengths, new, strict=True)]
+        at = torch.cat([row[each // block] * block + each % block for row, each in zip(table, slots, strict=True)])
+        batches.append(Batch(list(accumulate(new)), lengths, table, at // block, at % block))
+        for part in found.layers[0]:
+            for row, each, count in zip(table, states, new, strict=True):
+                for side, place in enumerate((part.rows, part.residuals)[len(caches) - 1]):
+                    old = each[side][list(part.heads), : each[side].shape[1] - count]
+                    codec = part.codecs[side]
+                    rows = codec.encode(old)
+                    numbers = rows if len(caches) == 1 else codec.residual(old, rows)
+                    where = torch.arange(old.shape[1])
+                    place.of(cache.pages, block)[row[where // block], where % block] = numbers.transpose(0, 1)
+    stock = SimpleNamespace(layer_name="0", num_kv_heads=HEADS, head_size=N, impl=SimpleNamespace(scale=0.4))
+    attention = CompressedAttention(stock, found.layers[0], windows, tuple(caches))
+    query = torch.randn(sum(new), HEADS * GROUP * N, generator=generator)
+    key, value = (
+        torch.cat([each[side][:, -count:].transpose(0, 1).flatten(1) for each, count in zip(states, new, strict=True)])
+        for side in (0, 1)
+    )
+    output = torch.empty_like(query)
+    with torch.inference_mode():
+        attention.run(query, key, value, output, batches)
+    asked, outs = (each.view(-1, HEADS, GROUP, N) for each in (query, output))
+    for low, each, count in zip(accumulate([0, *new]), states, new, strict=False):
+        expected = dense(plan, asked[low : low + count], *each, windows, 0.4)
+        torch.testing.assert_close(outs[low : low + count].double(), expected, atol=2e-5, rtol=1e-4)
