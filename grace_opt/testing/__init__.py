@@ -1,5 +1,5 @@
-"""The conformance kits: what every solver must do, built-in or not; `codecs` and `policies` have those of codecs and
-token policies. They need no test framework.
+"""The conformance kits: what every solver must do, built-in or not; `codecs`, `policies` and `exports` have those of
+codecs, token policies and export targets. They need no test framework.
 
 In pytest::
 

@@ -22,6 +22,7 @@ from grace_opt.compression.tokens.base import TokenRule
 from grace_opt.compression.tokens.streaming import Streaming
 from grace_opt.export.store import KVStore
 from grace_opt.export.store.frames import MAGIC
+from grace_opt.export.store.store import dynamic_cache
 from grace_opt.heads import KINDS
 from tests.support.exports import tiny, tiny_mask
 
@@ -145,6 +146,22 @@ def test_a_stored_cache_is_a_stream(model: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not finite"):
         store.save([(keys * torch.nan, values) for keys, values in kv], tmp_path / "nan.kv")
     assert not (tmp_path / "nan.kv").exists()
+
+
+def test_whoever_takes_a_piece_keeps_its_own_mode(model: Any) -> None:
+    mask = with_bits(tiny_mask(model, readout="prefill"), 4, 4)
+    store = KVStore(mask)
+    ids = torch.randint(4, 99, (1, 60), generator=torch.Generator().manual_seed(2))
+    captured = store.prefill(model, ids[0].tolist())
+    pieces = []
+    for piece in store.frames(captured):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        pieces.append(piece)
+    past = dynamic_cache(store.stream(b"".join(pieces)), "cpu")
+    model(ids[:, :4], past_key_values=past).logits.sum().backward()  # a prompt that was stored can be trained behind
+    assert model.lm_head.weight.grad is not None
+    model.zero_grad()
 
 
 def test_whatever_is_damaged_is_found(model: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -106,8 +106,9 @@ class KVStore:
             if layer.fits and any(each.stop > each.start for each in old):
                 seen = [_seen(kv, layer, index)]
             arrays = layer.arrays(rows, tokens, stored)
-            with torch.inference_mode():
-                yield writer.frame(arrays, layer.encode(keys.cpu(), values.cpu(), stored, seen))
+            with torch.no_grad():
+                frame = writer.frame(arrays, layer.encode(keys.cpu(), values.cpu(), stored, seen))
+            yield frame  # outside: whoever takes it runs in a mode of its own
 
     def decode(self, source: bytes | BinaryIO, name: str = "the stored cache") -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, whole, in the dtype that they had. Raises InputError as `stream`."""
@@ -124,8 +125,9 @@ class KVStore:
         rows, tokens, dtype, stored = self._described(about, name)
         for index, layer in enumerate(self.layers):
             arrays = layer.arrays(rows, tokens, stored)
-            with torch.inference_mode():
-                yield layer.decode(reader.frame(arrays, f"layer {index}"), tokens, dtype)
+            with torch.no_grad():
+                both = layer.decode(reader.frame(arrays, f"layer {index}"), tokens, dtype)
+            yield both
         reader.end()
 
     # ------------------------------------------------------------ transformers
@@ -186,15 +188,10 @@ class KVStore:
             )
         rows, tokens = about.get("rows"), about.get("tokens")
         sizes = type(rows) is int and type(tokens) is int and 0 < rows <= ROWS and 0 < tokens <= TOKENS
-        dtypes = [DTYPES.get(str(about.get(each))) for each in ("dtype", "stored")]
-        if not sizes or None in dtypes or about.get("layers") != len(self.layers):
+        dtype, stored = (DTYPES.get(str(about.get(each))) for each in ("dtype", "stored"))
+        if not sizes or dtype is None or stored is None or about.get("layers") != len(self.layers):
             raise InputError(f"{name} has a header that contradicts itself; {AGAIN}")
-        dtype, stored = dtypes
-        assert type(rows) is int
-        assert type(tokens) is int
-        assert dtype is not None
-        assert stored is not None
-        return rows, tokens, dtype, stored
+        return cast(int, rows), cast(int, tokens), dtype, stored
 
 
 def dynamic_cache(layers: Iterable[tuple[Tensor, Tensor]], device: str | torch.device) -> DynamicCache:
