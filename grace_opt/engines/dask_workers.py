@@ -7,10 +7,11 @@ import atexit
 import copy
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from grace_opt.engines.supervisor import deaf_to
@@ -46,6 +47,10 @@ def run_workers(scheduler: str, count: int) -> None:
         from distributed import Nanny
         from distributed.core import Status
 
+        # A worker that is still starting when it is closed leaves errors that nobody waits for any more.
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, about: None if stop.is_set() else loop.default_exception_handler(about)
+        )
         # One thread each: a solver has a process of its own beside its worker, and threads of its own if it wants them.
         nannies = [Nanny(scheduler, nthreads=1, dashboard=False) for _ in range(count)]
         starting = asyncio.gather(*nannies)
@@ -56,6 +61,10 @@ def run_workers(scheduler: str, count: int) -> None:
                     starting.result()
         finally:
             starting.cancel()
+            for nanny in nannies:
+                if nanny.status != Status.running and nanny.pid is not None:  # it would end in errors of its own
+                    with suppress(ProcessLookupError):
+                        os.kill(nanny.pid, signal.SIGKILL)
             await asyncio.gather(*(nanny.close(timeout=5) for nanny in nannies), return_exceptions=True)
 
     def run() -> None:

@@ -60,12 +60,13 @@ def test_serve_ends_in_order(tmp_path: Path, number: signal.Signals) -> None:
     assert (process.returncode, said) == (0, "")
 
 
-def test_worker_ends_in_order() -> None:
+@pytest.mark.parametrize("workers", ["1", "3"])  # of three, two are still starting
+def test_worker_ends_in_order(workers: str) -> None:
     port = free_port()
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port)]
     scheduler = subprocess.Popen([*command, "--no-dashboard"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        with started("worker", f"tcp://127.0.0.1:{port}") as process:
+        with started("worker", f"tcp://127.0.0.1:{port}", "--workers", workers) as process:
             assert process.stdout is not None
             lines = iter(process.stdout.readline, "")
             assert any("Registered to" in line for line in lines)
