@@ -118,7 +118,7 @@ def attend_codes(  # noqa: PLR0912, PLR0915
     """
     program = tl.program_id(0)
     splits = tl.num_programs(1)
-    b = program // heads
+    b = (program // heads).to(tl.int64)  # offsets of a large cache may pass 2^31
     D: tl.constexpr = D0 + D1
     E0: tl.constexpr = 32 if E >= 32 else 16
     E1: tl.constexpr = 32 if E >= 64 else (16 if E == 48 else 0)

@@ -63,8 +63,8 @@ def attend_far(
     """
     program = tl.program_id(0)
     splits = tl.num_programs(1)
-    b = program // heads
-    h = program % heads
+    b = (program // heads).to(tl.int64)  # offsets of a large cache may pass 2^31
+    h = (program % heads).to(tl.int64)
     low, _, tiles = far_tiles(tokens(length, ON_DEVICE), tl.load(first + b).to(tl.int32), sinks, recent, begins, N)
     share = tl.cdiv(tiles, splits)
     begin = tl.minimum(tl.program_id(1) * share, tiles)

@@ -45,12 +45,12 @@ def compiled(tmp_path: Path, sm: int, kernels: list[str], *cases: dict[str, Any]
     return found
 
 
-def assert_wide(record: dict[str, Any]) -> None:
-    """Loads of 4 bytes and more, most of them of 16, and of one tile."""
+def assert_wide(record: dict[str, Any], share: float) -> None:
+    """Loads of 4 bytes and more, this share of bytes by loads of 16, and of one tile."""
     loads = {int(size): count for size, count in record["loads"].items()}
     assert min(loads) >= 4, record
     nbytes = {size: size * count * 32 * record["warps"] for size, count in loads.items()}
-    assert nbytes[16] >= 0.7 * sum(nbytes.values()), record
+    assert nbytes[16] >= share * sum(nbytes.values()), record
     assert record["tile"] <= sum(nbytes.values()) <= 1.8 * record["tile"], record
 
 
@@ -58,7 +58,7 @@ def assert_wide(record: dict[str, Any]) -> None:
 def test_rows(tmp_path: Path, sm: int) -> None:
     """Of widths that fill 16 bytes, and of those that do not."""
     for each in compiled(tmp_path, sm, ["attend_far"], {"dk": 48, "dv": 48}, {"dk": 51, "dv": 51}):
-        assert_wide(each)
+        assert_wide(each, 0.7)
         assert each["issue"] >= 1.5
 
 
@@ -66,7 +66,7 @@ def test_rows(tmp_path: Path, sm: int) -> None:
 def test_integers(tmp_path: Path, sm: int) -> None:
     cases = [{"dk": d, "dv": d, "bits": bits} for d, bits in ((48, 4), (64, 4), (48, 8))]
     for each in compiled(tmp_path, sm, ["attend_codes"], *cases):
-        assert_wide(each)
+        assert_wide(each, 0.5)  # scales are words of 4 bytes, which several threads read
         assert each["issue"] >= 1.3
 
 
