@@ -91,4 +91,4 @@ def test_a_mask_and_the_smallest_card(tmp_path: Path) -> None:
     masked = {"dk": 48, "dv": 48, "mask": "bool", "device_length": True}
     few, wide = compiled(tmp_path, 86, ["attend_far"], masked, {"dk": 256, "dv": 256, "width": 256})
     assert few["issue"] >= 1.5
-    assert_wide(wide)
+    assert_wide(wide, 0.7)
