@@ -40,6 +40,11 @@ class Tried:
         return grace_opt.runtime.cache(plan, model, kernel=self.name, **options)
 
 
+def reference(plan: KVMask | CachePlan, wide: Any, **options: Any) -> Any:
+    """The cache of a model in float64."""
+    return grace_opt.runtime.cache(plan, wide, kernel="plain", **options)
+
+
 @pytest.fixture(params=["plain", "cpu", "triton"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tried:
     """A kernel that may read caches of any length, on a CPU."""
@@ -112,7 +117,7 @@ def test_generation_is_the_same(kernel: Tried, case: Case) -> None:
     mask = random_mask(model, case.kept, **given)
     options: dict[str, Any] = {"max_length": 60} if case.static else {}
     wide = deepcopy(model).double()
-    expected = run(wide, grace_opt.runtime.cache(mask, wide, **options), kernel.tokens)
+    expected = run(wide, reference(mask, wide, **options), kernel.tokens)
     assert not kernel.calls
     found = run(model, kernel.cache(mask, model, **options), kernel.tokens)
     for ours, theirs in steps(found, expected, 1e-3):
@@ -134,7 +139,7 @@ def test_integers(kernel: Tried, key_bits: int, value_bits: int, static: bool) -
     bits: dict[str, Any] = {"key_bits": key_bits, "value_bits": value_bits}
     bits |= {"max_length": 140} if static else {}
     wide, chunks = deepcopy(model).double(), [130 - tokens] + [1] * tokens
-    expected = logits_of(wide, grace_opt.runtime.cache(mask, wide, **bits), chunks, ids, attended)
+    expected = logits_of(wide, reference(mask, wide, **bits), chunks, ids, attended)
     if kernel.name == "triton":  # which reads them in 16 bits
         with pytest.raises(InputError, match="kernel 'triton' cannot read layer 0: it (unpacks|reads) integers of"):
             logits_of(model, kernel.cache(mask, model, **bits), chunks, ids, attended)
@@ -155,7 +160,7 @@ def test_sixteen_bits(kernel: Tried, dtype: torch.dtype, bits: int) -> None:
     tokens, chunks = torch.ones_like(ids), [84] + [1] * 6
     wide = deepcopy(model).double()
     options = {"key_bits": bits, "value_bits": bits}
-    expected = torch.cat(logits_of(wide, grace_opt.runtime.cache(mask, wide, **options), chunks, ids, tokens))
+    expected = torch.cat(logits_of(wide, reference(mask, wide, **options), chunks, ids, tokens))
     past = kernel.cache(mask, model, **options)
     found = torch.cat(logits_of(model, past, chunks, ids, tokens))
     assert len(kernel.calls) == 6
@@ -175,7 +180,7 @@ def test_other_codecs_and_policies(kernel: Tried, codec: str) -> None:
     }
     plan = CachePlan({0: replace(layer, **changes[codec])})
     wide = deepcopy(model).double()
-    expected = run(wide, grace_opt.runtime.cache(plan, wide), kernel.tokens)
+    expected = run(wide, reference(plan, wide), kernel.tokens)
     found = run(model, kernel.cache(plan, model), kernel.tokens)
     for ours, theirs in steps(found, expected, 1e-4):
         torch.testing.assert_close(ours.double(), theirs.double(), atol=1e-4, rtol=0)
@@ -189,7 +194,7 @@ def test_beams_crops_and_chunks(kernel: Tried) -> None:
     wide = deepcopy(model).double()
     ids = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
     found = []
-    for past, each in ((grace_opt.runtime.cache(mask, wide), wide), (kernel.cache(mask, model), model)):
+    for past, each in ((reference(mask, wide), wide), (kernel.cache(mask, model), model)):
         logits = []
         for chunks in ([30, 1, 1, 1], [7, 1, 1], [1, 3, 1]):
             logits += logits_of(each, past, chunks, ids, torch.ones_like(ids))
@@ -201,7 +206,7 @@ def test_beams_crops_and_chunks(kernel: Tried) -> None:
     assert len(kernel.calls) == 3 + 2 + 2 + 2 + chunked
     for ours, theirs in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=0)
-    pasts = (grace_opt.runtime.cache(mask, wide), kernel.cache(mask, model))
+    pasts = (reference(mask, wide), kernel.cache(mask, model))
     beams = [
         run(each, past, kernel.tokens, num_beams=3).sequences for past, each in zip(pasts, (wide, model), strict=True)
     ]
