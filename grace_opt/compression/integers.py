@@ -89,13 +89,9 @@ class Integers(Codec):
         return packed.codes, packed.scale, packed.zero
 
     def unpack(self, held: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return self.packed(held, dtype).unpack()
-
-    def packed(self, held: Sequence[Tensor], dtype: torch.dtype) -> Packed:
-        """What `pack` returned, with its description."""
         codes, scale, zero = held
         shape = torch.Size([*codes.shape[:-2], GROUP, self.width])
-        return Packed(codes, scale, zero, shape, dtype, self.bits, self.axis, GROUP)
+        return Packed(codes, scale, zero, shape, dtype, self.bits, self.axis, GROUP).unpack()
 
     def stored(self, z: Tensor) -> Tensor:
         return rounded(z, self.bits, self.axis, GROUP)
@@ -110,8 +106,13 @@ class Integers(Codec):
 
 def as_integers(codec: Codec, bits: int, kind: Kind) -> Codec:
     """The codec of keys or values with its rows held in so many bits; 0: as they are. Raises InputError."""
-    inner = codec.inner if isinstance(codec, Integers) else codec
+    inner = without_integers(codec)
     return Integers(inner, cast(Bits, bits), AXES[kind]) if bits else inner
+
+
+def without_integers(codec: Codec) -> Codec:
+    """The codec whose rows are held, as they come or as integers."""
+    return codec.inner if isinstance(codec, Integers) else codec
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,12 +164,7 @@ class Packed:
         return (rows.mT if self.axis == "channel" else rows).contiguous()
 
 
-def packable(x: Tensor) -> Tensor:
-    """bool[]: whether all elements are finite and within what float16 scales reach."""
-    return (x.abs() <= _LIMIT).all()  # false for NaN too
-
-
-def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32, checked: bool = True) -> Packed:
+def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32, waits: bool = True) -> Packed:
     """Asymmetric min-max integers of x [..., T, d], a floating-point tensor on any device. O(elements), vectorised.
 
     A group's zero is its minimum rounded down to the stored dtype, its scale (maximum - zero) / (2^bits - 1) rounded
@@ -178,7 +174,7 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32, checked: bool =
     the zero) / (2^bits - 1), rounded up. A group of equal elements comes back exactly if float16 (bfloat16 for
     bfloat16) holds its value, and within scale / 2, a fraction of an ulp of it, if not.
 
-    ``checked``: whether to wait for the device and look at the elements; who does not must know they are `packable`.
+    ``waits``: whether the host may wait for the device; if not, the device fails where InputError would be raised.
 
     Raises:
         InputError: for elements that are not finite or beyond float16's 65504; for a tensor of integers or of fewer
@@ -188,7 +184,7 @@ def quantise(x: Tensor, bits: Bits, axis: Axis, group: int = 32, checked: bool =
     if _is_compiled(x, x.numel()) and x.dtype == torch.float32:
         return _quantised(x.contiguous(), bits, axis, group)
     along = _along(axis)
-    codes, scale, zero = _coded(x, bits, along, group, checked)
+    codes, scale, zero = _coded(x, bits, along, group, waits)
     packed = _pack(codes.flatten(along - 1, along).narrow(along, 0, x.shape[along]).to(torch.uint8), bits, along)
     scale, zero = scale.squeeze(along), zero.squeeze(along)
     if axis == "channel":
@@ -223,7 +219,7 @@ def _along(axis: Axis) -> int:
     return -2 if axis == "channel" else -1
 
 
-def _coded(x: Tensor, bits: Bits, along: int, group: int, checked: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def _coded(x: Tensor, bits: Bits, along: int, group: int, waits: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, float32[..., G, group, d] along -2, [..., T, G, group] along -1; scales and zeros, with 1 in place of the
     group. Left as x lies: to transpose codes is cheaper than to transpose numbers."""
     length = x.shape[along]
@@ -236,8 +232,7 @@ def _coded(x: Tensor, bits: Bits, along: int, group: int, checked: bool = True) 
         numbers = torch.cat([numbers, numbers.narrow(along, length - 1, 1).expand(shape)], dim=along)
     groups = torch.unflatten(numbers, along, (count, group))
     low, high = groups.amin(along, keepdim=True), groups.amax(along, keepdim=True)
-    if checked:
-        _refuse_unreachable(((low >= -_LIMIT) & (high <= _LIMIT)).all())  # false for NaN too
+    _refuse_unreachable(((low >= -_LIMIT) & (high <= _LIMIT)).all(), waits)  # false for NaN too
     stored = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     scale, zero = _scales(low, high, bits, stored)
     # A scale of 0 belongs to a group of elements that all equal its zero: any divisor makes their codes 0.
@@ -251,9 +246,9 @@ def _scales(low: Tensor, high: Tensor, bits: int, stored: torch.dtype) -> tuple[
     return _round_up((high - zero.float()) / (2**bits - 1), stored), zero
 
 
-def _refuse_unreachable(reached: Tensor) -> None:
-    """Raise InputError if false; in a compiled graph, which cannot, the device fails with the same sentence."""
-    if torch.compiler.is_compiling():
+def _refuse_unreachable(reached: Tensor, waits: bool) -> None:
+    """Raise InputError if false; where the host does not wait, the device fails with the same sentence."""
+    if torch.compiler.is_compiling() or not waits:
         torch._assert_async(reached, _UNREACHABLE)
     elif not bool(reached):
         raise InputError(_UNREACHABLE)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grace_opt.compression.codec import Codec
-from grace_opt.compression.integers import GROUP, Integers, Packed, packable, quantise
+from grace_opt.compression.integers import GROUP, Integers, quantise
 
 BLOCK = 2 * GROUP
 DEVICES = {"cuda"}  # where integers are held so
@@ -38,11 +38,9 @@ class Tiles(Integers):
 
     def pack(self, z: Tensor) -> tuple[Tensor, ...]:
         prompt = z.shape[-3] > 1  # which may wait for the device; a block that fills up as tokens come does not
-        if not prompt:
-            torch._assert_async(packable(z), "keys or values to pack are not finite or beyond 65504")
         # Filled up with the last channel, which changes no group's minimum or maximum.
         rows = torch.cat([z, z[..., -1:].expand(*z.shape[:-1], padded(self.width) - self.width)], dim=-1)
-        packed = quantise(_split(rows, -2, 2), self.bits, self.axis, GROUP, checked=prompt)
+        packed = quantise(_split(rows, -2, 2), self.bits, self.axis, GROUP, waits=prompt)
         codes = packed.levels()  # keys [.., 2, D, 32], values [.., 2, 32, D]
         codes = _swapped(codes.mT.contiguous())
         held = codes if self.bits == 8 else codes[..., :1, :, :] | codes[..., 1:, :, :] << 4
@@ -68,12 +66,6 @@ class Tiles(Integers):
             )
         rows: Tensor = (codes * scale + zero).clamp_(-65504.0, 65504.0).to(dtype)
         return rows.flatten(-3, -2)[..., : self.width].contiguous()
-
-    def packed(self, held: Sequence[Tensor], dtype: torch.dtype) -> Packed:
-        raise NotImplementedError("tiles are no rows of codes")
-
-    def stored(self, z: Tensor) -> Tensor:
-        return quantise(z, self.bits, self.axis, GROUP).unpack()
 
     def nbytes(self, tokens: int, itemsize: int) -> int:
         width = padded(self.width)

@@ -18,10 +18,6 @@ class Buffer(Protocol):
     """The rows of tokens, [B, H, T, width]."""
 
     @property
-    def tokens(self) -> Tensor:
-        """[B, H, _, width]: those that are held as they came, in order."""
-
-    @property
     def fixed(self) -> int:
         """How many of the first tokens cannot be forgotten, short of all."""
 

@@ -125,10 +125,6 @@ class FixedPacked:
         """How many blocks there are columns for."""
         return int(self.count.max()) if waits_for_no_device(self.count) else self.blocks[0].shape[2]
 
-    @property
-    def tokens(self) -> Tensor:
-        return torch.cat([self.head, self.ring], dim=2)
-
     def parts(self) -> Iterator[Tensor]:
         yield self.head
         yield from unpacked(self.codec, [each[:, :, : self._used()] for each in self.blocks], self.ring.dtype)

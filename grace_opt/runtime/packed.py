@@ -147,11 +147,6 @@ class Packed:
         """What the blocks were packed into, [B, H, blocks, ..] each."""
         return [each.tokens for each in self.blocks]
 
-    @property
-    def tokens(self) -> Tensor:
-        last = self.last.tokens
-        return torch.cat([self.head, last], dim=2) if self.head.shape[2] else last
-
     def parts(self) -> Iterator[Tensor]:
         yield self.head
         yield from unpacked(self.codec, self.held(), self.last.buffer.dtype)
@@ -222,12 +217,3 @@ class Places:
         """[B, H, m, columns] of [B, H, m, slots]; zeros in empty ones."""
         found = weights.gather(-1, self.slot[:, None, None].expand(*weights.shape[:-1], -1))
         return found * self.filled[:, None, None]
-
-    def mask(self, mask: Tensor | None) -> Tensor:
-        """A mask of columns [B, columns] from one of slots [B or 1, >= slots]."""
-        if mask is None:
-            return self.filled
-        found = mask.expand(len(self.slot), -1).gather(1, self.slot)
-        if mask.dtype == torch.bool:
-            return found & self.filled
-        return found.masked_fill(~self.filled, torch.finfo(mask.dtype).min)

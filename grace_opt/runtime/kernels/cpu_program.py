@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grace_opt.compression.channels import Channels
 from grace_opt.compression.codec import Codec, Whole
-from grace_opt.compression.integers import GROUP, Integers
+from grace_opt.compression.integers import GROUP, Integers, without_integers
 
 FORMATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 STORED = (0,) * 9  #: of a new token that lies where it belongs already
@@ -43,7 +43,7 @@ class AskedSide:
 
     @classmethod
     def of(cls, given: Codec) -> AskedSide:
-        codec = given.inner if isinstance(given, Integers) else given
+        codec = without_integers(given)
         native = isinstance(codec, Channels | Whole)
         held: tuple[Tensor | None, ...] = (None, None, None)
         if isinstance(codec, Channels):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grace_opt.compression.channels import Channels
 from grace_opt.compression.codec import Codec, Whole
-from grace_opt.compression.integers import Integers
+from grace_opt.compression.integers import without_integers
 from grace_opt.compression.tiles import BITS, Tiles
 from grace_opt.runtime.kernels import triton
 from grace_opt.runtime.kernels.contract import Request, one_token
@@ -87,11 +87,7 @@ class TritonKernel:
 
 def _native(codec: Codec) -> bool:
     """Whether the kernels gather channels and apply read-outs themselves."""
-    return isinstance(_inner(codec), Channels | Whole)
-
-
-def _inner(codec: Codec) -> Codec:
-    return codec.inner if isinstance(codec, Integers) else codec
+    return isinstance(without_integers(codec), Channels | Whole)
 
 
 def _codes(buffer: Packed, bits: int) -> triton.Codes | None:
@@ -102,7 +98,7 @@ def _codes(buffer: Packed, bits: int) -> triton.Codes | None:
 
 
 def _stored(side: Side, length: int | Tensor, new: Tensor | None = None) -> triton.Stored:
-    codec, span = _inner(side.codec), side.window.span(length)
+    codec, span = without_integers(side.codec), side.window.span(length)
     channels = codec if isinstance(codec, Channels) else None
     packed = side.buffer if isinstance(side.buffer, Packed) else None
     return triton.Stored(
