@@ -22,6 +22,13 @@ class Span:
     count: int
     begins: int = 0
 
+    def runs(self, length: int) -> list[tuple[int, int, int]]:
+        """Of the whole ones among ``length`` tokens: first slot, last slot + 1, index in ``rows``, for those that lie
+        side by side."""
+        low = max(self.begins, length - self.count)
+        found = ring_runs(low - self.base, length - self.base, self.rows.shape[2])
+        return [(start + self.base, end + self.base, index) for start, end, index in found]
+
 
 class Window(Protocol):
     """The residuals of the last tokens."""
@@ -39,10 +46,6 @@ class Window(Protocol):
 
     def place(self, length: int) -> int:
         """`admit`, and where in the tensor that holds them the residual of the last of ``length`` tokens goes."""
-
-    def runs(self, length: int) -> list[tuple[int, int, int]]:
-        """Of the tokens that the last query may see whole: first slot, last slot + 1, index in the tensor that holds
-        them, for those that lie side by side."""
 
     def crop(self, count: int, length: int) -> None:
         """Forget the last ``count`` tokens, all but ``length``."""
@@ -113,9 +116,6 @@ class Ring:
         self.admit()
         return (length - 1) % self.size
 
-    def runs(self, length: int) -> list[tuple[int, int, int]]:
-        return ring_runs(max(0, length - min(self.held, self.recent)), length, self.size)
-
     def shift(self, count: int) -> None:
         """The number of each slot becomes smaller by ``count``."""
         self.rows = self.rows.roll(-count, dims=2)
@@ -151,9 +151,6 @@ class Kept:
     def place(self, length: int) -> int:
         self.admit()
         return self.rows.length - 1
-
-    def runs(self, length: int) -> list[tuple[int, int, int]]:
-        return [(length - self.seen.shape[2], length, self.rows.length - self.seen.shape[2])]
 
     @property
     def seen(self) -> Tensor:
@@ -195,10 +192,6 @@ class FixedKept:
 
     def place(self, length: int) -> int:
         return length - 1 - self.begins
-
-    def runs(self, length: int) -> list[tuple[int, int, int]]:
-        index = self.rows.shape[2] - self.seen.shape[2]
-        return [(self.begins + index, length, index)]
 
     @property
     def seen(self) -> Tensor:

@@ -171,6 +171,23 @@ def test_offloading_changes_nothing(readout: str, more: dict[str, int]) -> None:
         assert all(tensor.device.type == "cpu" for tensor in layer.tensors())
 
 
+def _compiled_logits(
+    model: Any, past: Any, places: range, ids: torch.Tensor, attended: torch.Tensor, backend: str
+) -> list[torch.Tensor]:
+    """Logits of one token after the other, by a compiled step; the counters of the compiler begin anew."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step, found = torch.compile(model.forward, fullgraph=True, backend=backend, dynamic=False), []
+    with torch.no_grad():
+        for at in places:
+            positions = (attended.cumsum(-1) - 1)[:, at : at + 1]
+            seen = attended.clone()
+            seen[:, at + 1 :] = 0
+            out = step(input_ids=ids[:, at : at + 1], attention_mask=seen, position_ids=positions, past_key_values=past)
+            found.append(out.logits[:, 0])
+    return found
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("readout", ["none", "static", "prefill"])
 @pytest.mark.parametrize("padded", [False, True])
@@ -188,16 +205,7 @@ def test_a_compiled_step_is_one_graph_and_gives_the_same(padded: bool, readout: 
     eager = logits_of(model, grace_opt.runtime.cache(mask, model), [21, *[1] * 30], ids, wide)
     past = grace_opt.runtime.cache(mask, model, max_length=60)
     ours = logits_of(model, past, [21], ids, wide)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    step = torch.compile(model.forward, fullgraph=True, backend=backend, dynamic=False)
-    with torch.no_grad():
-        for at in range(21, 51):
-            positions = (wide.cumsum(-1) - 1)[:, at : at + 1]
-            seen = wide.clone()
-            seen[:, at + 1 :] = 0
-            out = step(input_ids=ids[:, at : at + 1], attention_mask=seen, position_ids=positions, past_key_values=past)
-            ours.append(out.logits[:, 0])
+    ours += _compiled_logits(model, past, range(21, 51), ids, wide, backend)
     for mine, theirs in zip(ours, eager, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
     counters = torch._dynamo.utils.counters
@@ -320,16 +328,7 @@ def test_a_compiled_step_packs_integers_in_one_graph(generated: str) -> None:
     )
     past = grace_opt.runtime.cache(mask, model, key_bits=4, value_bits=4, max_length=150)
     ours = logits_of(model, past, [70], ids, attended)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=False)
-    with torch.no_grad():
-        for at in range(70, 130):
-            positions = (attended.cumsum(-1) - 1)[:, at : at + 1]
-            seen = attended.clone()
-            seen[:, at + 1 :] = 0
-            out = step(input_ids=ids[:, at : at + 1], attention_mask=seen, position_ids=positions, past_key_values=past)
-            ours.append(out.logits[:, 0])
+    ours += _compiled_logits(model, past, range(70, 130), ids, attended, "aot_eager")
     for mine, theirs in zip(ours, eager, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
     counters = torch._dynamo.utils.counters

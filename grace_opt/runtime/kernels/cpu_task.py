@@ -117,7 +117,7 @@ def _segments(layer: PrunedLayer, held: Sequence[HeldSide], b: int, first: int, 
     """Records of a `decode.SEGMENT` for the tokens of a row of the batch, in order of their slots."""
     keys, values = held
     buffers = [side.buffer for side in layer.sides]
-    near = layer.key_side.window.runs(length)
+    near = layer.key_side.window.span(length).runs(length)
     window = near[0][0] if near else length
     packed = next((each for each in buffers if isinstance(each, _PACKED)), None)
     begin, count = (0, 0) if packed is None else packed.blocks_of(b)
