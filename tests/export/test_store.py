@@ -22,7 +22,7 @@ from grace_opt.compression.tokens.base import TokenRule
 from grace_opt.compression.tokens.streaming import Streaming
 from grace_opt.export.store import KVStore
 from grace_opt.export.store.frames import MAGIC
-from grace_opt.export.store.store import dynamic_cache
+from grace_opt.export.store.store import Prompt, dynamic_cache
 from grace_opt.heads import KINDS
 from tests.support.exports import tiny, tiny_mask
 
@@ -148,6 +148,32 @@ def test_a_stored_cache_is_a_stream(model: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "nan.kv").exists()
 
 
+def test_a_prompt_of_another_engine_is_stored_as_one_of_transformers(model: Any) -> None:
+    mask = with_bits(tiny_mask(model, readout="prefill"), 4, 4)
+    store = KVStore(mask)
+    captured = store.prefill(model, torch.randint(4, 99, (60,), generator=torch.Generator().manual_seed(2)).tolist())
+    layers = captured.past.layers
+    asked = [captured.queries[i] for i in range(len(layers))]
+    prompt = Prompt([(each.keys, each.values) for each in layers], asked, captured.scaling[0])
+    assert store.encode(prompt) == store.encode(captured)
+
+
+def test_a_stored_cache_may_say_what_it_is_of(model: Any, tmp_path: Path) -> None:
+    mask = with_bits(tiny_mask(model), 4, 4)
+    store, kv = KVStore(mask), states(mask, 60)
+    data = store.encode(kv, key="this")
+    assert header_of(data)["key"] == "this"
+    assert "key" not in header_of(store.encode(kv))
+    assert store.verify(data) == store.verify(data, key="this") == 60
+    for source in (data, store.encode(kv)):
+        with pytest.raises(InputError, match="is the cache of another prompt or model than its name says"):
+            store.verify(source, key="that")
+        with pytest.raises(InputError, match="is the cache of another prompt or model than its name says"):
+            list(store.stream(source, key="that"))
+    assert store.save(kv, tmp_path / "a.kv", key="this") == len(data)
+    assert (tmp_path / "a.kv").read_bytes() == data
+
+
 def test_whoever_takes_a_piece_keeps_its_own_mode(model: Any) -> None:
     mask = with_bits(tiny_mask(model, readout="prefill"), 4, 4)
     store = KVStore(mask)
@@ -175,8 +201,9 @@ def test_whatever_is_damaged_is_found(model: Any) -> None:
             store.decode(data[:at])
         altered = bytearray(data)
         altered[at] ^= 1 << at % 8
-        with pytest.raises(InputError, match="altered|no stored cache|truncated|a header of|contradicts"):
-            store.decode(bytes(altered))
+        for read in (store.decode, store.verify):
+            with pytest.raises(InputError, match="altered|no stored cache|truncated|a header of|contradicts"):
+                read(bytes(altered))
     with pytest.raises(InputError, match="the stored cache goes on after its last layer; store the prompt again"):
         store.decode(data + b"\0")
     pieces = list(store.frames(kv))

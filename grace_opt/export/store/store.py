@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -17,6 +18,7 @@ from grace_opt.evaluate.capture import Captured, capture
 from grace_opt.export.store.frames import AGAIN, Reader, Writer
 from grace_opt.export.store.layer import LayerStore
 from grace_opt.files import file_sha256, replacing
+from grace_opt.graphs.observed import Observed
 from grace_opt.heads import Kind
 from grace_opt.reading import opened
 
@@ -24,9 +26,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache, DynamicCache
 
+    from grace_opt.compression.plan import LayerPlan
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
 FORMAT, VERSION = "grace-opt-kv", 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENS, ROWS = 1 << 28, 1 << 16  #: of a stored cache, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt's cache as an engine has it that is not transformers, with what attended to it last.
+
+    Attributes:
+        past: keys and values [1, H, T, n] of each layer, post-RoPE.
+        queries: of each layer, those of the last w tokens, [Hq, w, n], post-RoPE.
+        scaling: of the logits.
+    """
+
+    past: Pairs
+    queries: Sequence[Tensor]
+    scaling: float
+
+    def observed(self, index: int, plan: LayerPlan) -> Observed:
+        """What a layer's attention saw. Raises InputError if nothing is old."""
+        (keys, values), windows = self.past[index], plan.windows
+        asked = self.queries[index][:, -plan.queries :]
+        return Observed(asked, keys[0], values[0], self.scaling, windows.sinks, windows.recent_window, None, plan.spans)
 
 
 class KVStore:
@@ -52,7 +78,7 @@ class KVStore:
         self.layers = [LayerStore(mask.plan.layers.get(i), mask.num_key_value_heads, _dims(mask)) for i in range(count)]
         with tempfile.TemporaryDirectory() as folder:
             save_mask(mask, folder)
-            self._identity = file_sha256(Path(folder) / JSON_NAME)  # of the tensors too
+            self.identity = file_sha256(Path(folder) / JSON_NAME)  #: of the mask, its tensors too
 
     @classmethod
     def open(cls, folder: str | Path) -> KVStore:
@@ -71,19 +97,20 @@ class KVStore:
 
     # ------------------------------------------------------------ bytes
 
-    def encode(self, kv: Captured | Cache | Sequence[tuple[Tensor, Tensor]], dtype: str | None = None) -> bytes:
+    def encode(self, kv: Captured | Prompt | Cache | Pairs, dtype: str | None = None, key: str | None = None) -> bytes:
         """All of `frames` in one."""
-        return b"".join(self.frames(kv, dtype))
+        return b"".join(self.frames(kv, dtype, key))
 
     def frames(
-        self, kv: Captured | Cache | Sequence[tuple[Tensor, Tensor]], dtype: str | None = None
+        self, kv: Captured | Prompt | Cache | Pairs, dtype: str | None = None, key: str | None = None
     ) -> Iterator[bytes | bytearray]:
         """A cache as bytes: a header, then a piece for each layer.
 
         Args:
-            kv: what `prefill` gave, a transformers cache, or keys and values of each layer. A mask that fits its
-                read-outs to each prompt needs the first, which has seen what the prompt attends to.
+            kv: what `prefill` gave, a `Prompt`, a transformers cache, or keys and values of each layer. A mask that
+                fits its read-outs to each prompt needs one of the first two, which know what the prompt attends to.
             dtype: in which whole tokens are stored; the cache's own if left out.
+            key: what it is the cache of, for whoever finds it again; `stream` compares.
 
         Raises:
             InputError: for a cache of another shape than the mask's model, or with a layer that has no keys and values
@@ -94,11 +121,12 @@ class KVStore:
         stored = _dtype(dtype if dtype is not None else _name(first.dtype))
         rows, tokens = first.shape[0], first.shape[2]
         writer = Writer()
-        about = {"format": FORMAT, "version": VERSION, "model": self.mask.model, "mask": self._identity}
+        about = {"format": FORMAT, "version": VERSION, "model": self.mask.model, "mask": self.identity}
         yield writer.header(
             about
             | {"layers": len(self.layers), "rows": rows, "tokens": tokens}
             | {"dtype": _name(first.dtype), "stored": _name(stored)}
+            | ({} if key is None else {"key": key})
         )
         for index, (layer, (keys, values)) in enumerate(zip(self.layers, pairs, strict=True)):
             seen: list[Any] = []
@@ -114,21 +142,31 @@ class KVStore:
         """Keys and values of each layer, whole, in the dtype that they had. Raises InputError as `stream`."""
         return list(self.stream(source, name))
 
-    def stream(self, source: bytes | BinaryIO, name: str = "the stored cache") -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(
+        self, source: bytes | BinaryIO, name: str = "the stored cache", key: str | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """As `decode`, layer by layer as the bytes come.
 
         Each layer's checksum holds before it is given. Raises InputError for what is truncated, altered, or of another
-        mask, model or version; then what came before is not to be used.
+        mask, model, version or ``key`` (if one is given); then what came before is not to be used.
         """
         reader = Reader(source, name)
-        about = reader.header()
-        rows, tokens, dtype, stored = self._described(about, name)
+        rows, tokens, dtype, stored = self._described(reader.header(), name, key)
         for index, layer in enumerate(self.layers):
             arrays = layer.arrays(rows, tokens, stored)
             with torch.no_grad():
                 both = layer.decode(reader.frame(arrays, f"layer {index}"), tokens, dtype)
             yield both
         reader.end()
+
+    def verify(self, source: bytes | BinaryIO, name: str = "the stored cache", key: str | None = None) -> int:
+        """How many tokens a stored cache has, all of it read and none of it decoded. Raises InputError as `stream`."""
+        reader = Reader(source, name)
+        rows, tokens, _, stored = self._described(reader.header(), name, key)
+        for index, layer in enumerate(self.layers):
+            reader.frame(layer.arrays(rows, tokens, stored), f"layer {index}")
+        reader.end()
+        return tokens
 
     # ------------------------------------------------------------ transformers
 
@@ -138,12 +176,16 @@ class KVStore:
         return capture(model, ids, len(ids), max(1, self.queries))
 
     def save(
-        self, kv: Captured | Cache | Sequence[tuple[Tensor, Tensor]], path: str | Path, dtype: str | None = None
+        self,
+        kv: Captured | Prompt | Cache | Pairs,
+        path: str | Path,
+        dtype: str | None = None,
+        key: str | None = None,
     ) -> int:
         """Write a prompt's cache to a file, and return its bytes. The file appears when it is whole."""
         total = 0
         with replacing(path) as temporary, temporary.open("wb") as file:
-            for piece in self.frames(kv, dtype):
+            for piece in self.frames(kv, dtype, key):
                 total += file.write(piece)
         return total
 
@@ -154,7 +196,7 @@ class KVStore:
 
     # ------------------------------------------------------------ checks
 
-    def _check(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def _check(self, pairs: Pairs) -> Tensor:
         """The keys of the first layer, if all layers fit them and the mask."""
         if len(pairs) != len(self.layers):
             raise InputError(f"the cache has {len(pairs)} layers, and the mask's model {len(self.layers)}; use its own")
@@ -173,7 +215,9 @@ class KVStore:
             raise InputError(f"the cache has {first.shape[0]} rows of {first.shape[2]} tokens; store it in parts")
         return first
 
-    def _described(self, about: dict[str, Any], name: str) -> tuple[int, int, torch.dtype, torch.dtype]:
+    def _described(
+        self, about: dict[str, Any], name: str, key: str | None
+    ) -> tuple[int, int, torch.dtype, torch.dtype]:
         """Rows, tokens and dtypes of a header. Raises InputError."""
         if about.get("format") != FORMAT or about.get("version") != VERSION:
             raise InputError(
@@ -181,11 +225,13 @@ class KVStore:
                 f"{shown(str(about.get('version')), 40)}, and version {VERSION} of {FORMAT} is read here; use the "
                 "grace-opt that wrote it"
             )
-        if about.get("mask") != self._identity:
+        if about.get("mask") != self.identity:
             raise InputError(
                 f"{name} was stored by another mask, of {shown(str(about.get('model')), 200)!r}; open it with the mask "
                 "that stored it"
             )
+        if key is not None and about.get("key") != key:
+            raise InputError(f"{name} is the cache of another prompt or model than its name says; {AGAIN}")
         rows, tokens = about.get("rows"), about.get("tokens")
         sizes = type(rows) is int and type(tokens) is int and 0 < rows <= ROWS and 0 < tokens <= TOKENS
         dtype, stored = (DTYPES.get(str(about.get(each))) for each in ("dtype", "stored"))
@@ -220,7 +266,7 @@ def _dims(mask: KVMask) -> dict[Kind, int]:
 
 
 def _pairs(kv: Any) -> list[tuple[Tensor, Tensor]]:
-    past = kv.past if isinstance(kv, Captured) else kv
+    past = kv.past if isinstance(kv, Captured | Prompt) else kv
     if not hasattr(past, "layers"):
         return list(past)
     from transformers.cache_utils import DynamicLayer
@@ -238,6 +284,8 @@ def _seen(kv: Any, layer: LayerStore, index: int) -> Any:
     """What the attention of a layer saw of the prompt."""
     plan = layer.plan
     assert plan is not None
+    if isinstance(kv, Prompt):
+        return kv.observed(index, plan)
     if not isinstance(kv, Captured):
         raise InputError(
             "this mask fits its read-outs to what a prompt attends to, which a cache alone does not tell; store what "
