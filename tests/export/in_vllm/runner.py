@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COUNTED = ("vllm:num_preemptions", "vllm:prefix_cache_hits")
+COUNTED = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:external_prefix_cache_hits")
 
 
 def main(asked: str, answer: str) -> None:

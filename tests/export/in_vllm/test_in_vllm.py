@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,34 +16,7 @@ from grace_opt.runtime.generate import forced
 from grace_opt.testing.exports import check_target
 from tests.support.exports import SHORT, TEXTS, tiny, tiny_mask
 from tests.support.generation import random_mask
-
-BIG = {"hidden_size": 64, "head_dim": 32, "num_hidden_layers": 3, "max_position_embeddings": 1024}
-SETTINGS: dict[str, Any] = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "max_model_len": 256,
-    "max_num_batched_tokens": 48,
-}
-
-
-def in_vllm(folder: Path, batches: list[tuple[list[list[int]], int]], work: Path, **settings: Any) -> dict[str, Any]:
-    """What vLLM says, run in a process of its own."""
-    asked, answer = work / "asked.json", work / "answer.json"
-    told = {"folder": str(folder), "settings": SETTINGS | settings}
-    told["batches"] = [{"prompts": prompts, "new_tokens": count} for prompts, count in batches]
-    asked.write_text(json.dumps(told), encoding="utf-8")
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ}
-    environment |= {"VLLM_CPU_SIM_MULTI_NUMA": "1"} if settings.get("tensor_parallel_size", 1) > 1 else {}
-    command = [sys.executable, str(Path(__file__).parent / "runner.py"), str(asked), str(answer)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert answer.is_file(), run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return found
-
-
-def prompts_of(*lengths: int) -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(4, 99, length).tolist() for length in lengths]
+from tests.support.in_vllm import BIG, in_vllm, prompts_of
 
 
 def exported(mask: KVMask, loaded: tuple[Any, Any], folder: Path) -> Path:
@@ -96,7 +64,7 @@ def test_heads_on_two_ranks_and_a_compiled_model(setting: dict[str, Any], tmp_pa
     assert_as_ours(found["batches"][0], prompts, 40, mask, model)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])  # Llama has all tests above
 def test_the_kit_passes(family: str) -> None:
     model, tokenizer = tiny(family, **({"sliding_window": None} if family == "Mistral" else {}))
     check_target("vllm", tiny_mask(model), model, tokenizer, TEXTS)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from grace_opt.compression.method import Windows
 from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
+from grace_opt.export.vllm_plugin import connector
 from grace_opt.export.vllm_plugin.caches import Batch, PagedCache
 from grace_opt.export.vllm_plugin.models import CompressedAttention, _check, _heads
 from grace_opt.export.vllm_plugin.pages import layout
@@ -134,6 +136,55 @@ def test_settings_that_it_does_not_run_are_refused(part: str | None, name: str, 
     setattr(config if part is None else getattr(config, part), name, value)
     with pytest.raises(InputError, match=sentence):
         _check(config, [config.layer])
+
+
+FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "sentence"),
+    [
+        ("cache_config", "cache_dtype", "fp8", "a quantised KV cache"),
+        ("parallel_config", "tensor_parallel_size", 2, "tensor parallelism"),
+        ("parallel_config", "pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
+        (None, "speculative_config", object(), "speculative decoding"),
+        ("caches", "kv_cache_groups", [SimpleNamespace(kv_cache_spec=SPEC)], "layers that do not attend to all tokens"),
+        ("caches", "kv_cache_groups", [SimpleNamespace(kv_cache_spec=FULL)] * 2, "layers that do not attend"),
+        ("model_config", "enforce_eager", False, "which a compiled model does not show"),
+    ],
+)
+def test_settings_that_the_connector_does_not_run_are_refused(part: Any, name: str, value: Any, sentence: str) -> None:
+    parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "decode_context_parallel_size": 1}
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(**parallel),
+        model_config=SimpleNamespace(enforce_eager=True),
+        speculative_config=None,
+        caches=SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=FULL)]),
+    )
+    connector._check(config, config.caches, True)
+    setattr(config if part is None else getattr(config, part), name, value)
+    with pytest.raises(InputError, match=sentence):
+        connector._check(config, config.caches, True)
+    if name == "enforce_eager":
+        connector._check(config, config.caches, False)  # a static read-out needs no queries
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mask": "m"}, "lacks 'folder'; name the folder"),
+        ({"folder": "f"}, "lacks 'mask'"),
+        ({"mask": "m", "folder": "f", "key_bits": 4}, "has 'key_bits'; it may have mask, folder, dtype"),
+        ({"mask": "m", "folder": "f", "dtype": "int4"}, "has the dtype 'int4'; give one of float32"),
+        ({"mask": "/no/mask", "folder": "f"}, "/no/mask"),
+    ],
+)
+def test_a_connector_says_what_its_configuration_lacks(options: dict[str, Any], sentence: str) -> None:
+    config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector_extra_config=options), model_config=None)
+    with pytest.raises(InputError, match=sentence):
+        connector._opened(config)
 
 
 @pytest.mark.parametrize("kind", PLANS)
