@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_opt.compression.budget import Budget, allot, bytes_per_channel
+from grace_opt.compression.budget import Budget, allot, bytes_per_channel, within_share
 from grace_opt.compression.channels import Channels
-from grace_opt.compression.codec import Codec, stacked
+from grace_opt.compression.codec import Codec, Whole, stacked
 from grace_opt.compression.integers import as_integers
 from grace_opt.compression.method import Method
+from grace_opt.compression.pays import held_bytes
 from grace_opt.compression.plan import CachePlan, Choice, LayerPlan
 from grace_opt.compression.plugins import CODECS, POLICIES
 from grace_opt.compression.readout import ReadoutRecipe, fit_many, weighted_moments
@@ -41,12 +42,48 @@ def apply(method: Method, layers: Mapping[int, Observed], budget: Budget) -> Cac
     left to the cache, which fits them to the tokens that it stores. Raises InputError for a budget that the floors, or
     the protected channels, do not allow.
     """
+    if budget.share is None:
+        return _applied(method, layers, budget, method.selection.solver)
+    full = sum(states.nbytes for seen in layers.values() for states in (seen.keys, seen.values))
+
+    def held(tried: Budget) -> float:
+        return sum(_held(each, layers[each.index]) for each in _applied(method, layers, tried, None))
+
+    tried = within_share(budget.share, held, _whole(method, layers), full)
+    return _applied(method, layers, tried, method.selection.solver)
+
+
+def _applied(method: Method, layers: Mapping[int, Observed], budget: Budget, solver: str | None) -> CachePlan:
+    """``solver`` None: any channels, as many as the budget says; the plan says what the cache will hold."""
     tokens = _token_rule(method, layers, budget)
     codecs: dict[int, dict[Kind, list[Codec]]] = {i: {} for i in layers}
-    for kind, keeps in ({} if method.codec == "whole" else _kept_channels(method, layers, budget)).items():
+    for kind, keeps in _kept_channels(method, layers, budget, solver).items():
         for i, seen in layers.items():
             codecs[i][kind] = _codecs(method, seen, kind, keeps[i])
     return CachePlan({i: _layer_plan(method, i, codecs[i], tokens) for i in layers})
+
+
+def _held(plan: LayerPlan, seen: Observed) -> float:
+    """Bytes of the cache of a layer after the prompt."""
+    codecs: dict[Kind, Sequence[Codec]] = {}
+    for kind, states in zip(KINDS, (seen.keys, seen.values), strict=True):
+        codecs[kind] = plan.codecs.get(kind) or [Whole(states.shape[-1])] * len(states)
+    return held_bytes(plan, codecs, seen.keys.shape[1], seen.keys.element_size())
+
+
+def _costs(method: Method, seen: Observed) -> dict[Kind, float]:
+    """Bytes of one channel of an old token."""
+    return {kind: bytes_per_channel(method.bits(kind), seen.keys.element_size()) for kind in KINDS}
+
+
+def _whole(method: Method, layers: Mapping[int, Observed]) -> float:
+    """Bytes of an old token with nothing pruned, in all layers."""
+    costs = _costs(method, next(iter(layers.values())))
+    return sum(
+        len(states) * costs[kind] * states.shape[-1]
+        for seen in layers.values()
+        for kind, states in zip(KINDS, (seen.keys, seen.values), strict=True)
+    )
 
 
 def online(method: Method, layers: Sequence[int], budget: Budget) -> CachePlan:
@@ -127,26 +164,30 @@ def _share(method: Method, budget: Budget) -> float:
 
 
 def _kept_channels(
-    method: Method, layers: Mapping[int, Observed], budget: Budget
+    method: Method, layers: Mapping[int, Observed], budget: Budget, solver: str | None
 ) -> dict[Kind, dict[int, list[IntArray]]]:
     """Kind -> layer -> kept channels int64[d] of each KV head (for other codecs than channels, d numbers)."""
+    if method.codec == "whole":
+        return {
+            kind: {i: [np.arange(states.shape[-1])] * len(states) for i, states in _states(layers, kind).items()}
+            for kind in KINDS
+            if method.bits(kind)
+        }
     selects = CODECS[method.codec].selects
     problems: dict[Kind, list[SubsetProblem]] = {}
-    seen = next(iter(layers.values()))
     measured = selects or method.sharing.budget == "shared"
     for kind in KINDS:
         if budget.bytes_per_token is not None or budget.of(kind) > 0 or method.bits(kind):
             make = _problems if measured else _sizes
             problems[kind] = [problem for i, each in layers.items() for problem in make(method, i, each, kind)]
-    costs: dict[Kind, float] = {kind: bytes_per_channel(method.bits(kind), seen.keys.element_size()) for kind in KINDS}
-    heads_of = {"key": seen.keys, "value": seen.values}
-    whole = sum(len(each.keys) * costs[kind] * heads_of[kind].shape[-1] for kind in KINDS for each in layers.values())
-    prunes = allot(problems, budget, method.sharing, queries=seen.grouped.shape[1], costs=costs, whole=whole)
+    seen = next(iter(layers.values()))
+    queries, costs, whole = seen.grouped.shape[1], _costs(method, seen), _whole(method, layers)
+    prunes = allot(problems, budget, method.sharing, queries=queries, costs=costs, whole=whole)
     kept: dict[Kind, dict[int, list[IntArray]]] = {}
     for kind, heads in problems.items():
         ready = [replace(problem, prune=m) for problem, m in zip(heads, prunes[kind], strict=True)]
-        if selects:
-            solved = [kept_of(solution) for solution in solve_many(ready, method.selection.solver)]
+        if selects and solver is not None:
+            solved = [kept_of(solution) for solution in solve_many(ready, solver)]
         else:
             solved = [np.arange(m, problem.n) for problem, m in zip(heads, prunes[kind], strict=True)]
         each = len(heads) // len(layers)
@@ -179,6 +220,11 @@ def _fitted(method: Method, seen: Observed, kind: Kind, widths: Sequence[int]) -
         return CODECS[method.codec].fit(seen, kind, widths, **method.codec_options)
     except TypeError as error:
         raise InputError(f"codec {method.codec!r} does not take these options ({error})") from None
+
+
+def _states(layers: Mapping[int, Observed], kind: Kind) -> dict[int, Tensor]:
+    """Layer -> keys or values [H, T, n]."""
+    return {i: seen.keys if kind == "key" else seen.values for i, seen in layers.items()}
 
 
 def _sizes(method: Method, layer: int, seen: Observed, kind: Kind) -> list[SubsetProblem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -21,17 +21,20 @@ from grace_opt.problem import FloatArray, SubsetProblem, prune_count
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the cache of old tokens may go: a fraction of the key and of the value channels, or bytes.
+    """How much of the cache may go: a fraction of the key and of the value channels of old tokens, bytes, or a share.
 
     Attributes:
         ratio, value_ratio: fraction of the key (value) channels to prune, of each head or of the average head.
         bytes_per_token: in place of the ratios: what an old token may take in all compressed layers together, in keys
             and values (with its share of the integers' scales; whole tokens and read-outs come on top).
+        share: in place of the others, for a prompt: what its compressed layers may hold after it, windows, scales,
+            positions and read-outs counted, as a share of what they hold uncompressed.
     """
 
     ratio: float = 0.0
     value_ratio: float = 0.0
     bytes_per_token: float | None = None
+    share: float | None = None
 
     def __post_init__(self) -> None:
         for name, each in (("ratio", self.ratio), ("value ratio", self.value_ratio)):
@@ -39,10 +42,19 @@ class Budget:
                 raise InputError(f"the {name} must be at least 0 and below 1, got {each}")
         if self.bytes_per_token is not None and not 0 < self.bytes_per_token < math.inf:
             raise InputError(f"the budget in bytes must be positive, got {self.bytes_per_token}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise InputError(f"the share of the bytes must be above 0 and at most 1, got {self.share}")
 
     def of(self, kind: Kind) -> float:
         """The ratio for keys or for values."""
         return self.ratio if kind == "key" else self.value_ratio
+
+    def require_no_share(self, what: str) -> None:
+        """Raise InputError if this is a share: ``what`` is made before there is a prompt to take a share of."""
+        if self.share is not None:
+            raise InputError(
+                f"a share counts what a prompt's cache holds, and {what} is made without one; give ratios or bytes"
+            )
 
 
 @dataclass(frozen=True)
@@ -85,8 +97,9 @@ def allot(
     A kind's problems are all heads of all layers, in order, named as in a graph bundle, with nothing to prune yet.
     ``queries`` is how many queries W counts for; ``costs`` the bytes of one channel of a token, and ``whole`` those of
     a token with nothing pruned, for a budget in bytes. Raises InputError for a budget that floors or protection do not
-    allow.
+    allow, or a share.
     """
+    budget.require_no_share("a selection for a bundle")
     units = {kind: math.lcm(sharing.align, _tied(heads)) for kind, heads in problems.items()}
     if sharing.budget == "uniform":
         if budget.bytes_per_token is None:
@@ -139,6 +152,39 @@ def allot(
         sizes=[problem.n for heads in problems.values() for problem in heads],
     )
     return {kind: [m for (of, _), m in zip(flat, pruned, strict=True) if of == kind] for kind in problems}
+
+
+def within_share(share: float, held: Callable[[Budget], float], whole: float, full: float) -> Budget:
+    """The largest budget in bytes with which a prompt's cache holds at most ``share`` of ``full`` bytes.
+
+    ``held``: the bytes of the cache under a budget, which grow with it; ``whole`` those of a token with nothing pruned.
+    The steps of the answer are ``whole`` / 2**12. Raises InputError, with the least share, if none is that small.
+    """
+    most = share * full
+    high = Budget(bytes_per_token=whole)
+    if (least := held(high)) <= most:
+        return high
+    low, fits = 0, None
+    top = 1 << 12
+    while top - low > 1:
+        middle = (low + top) // 2
+        tried = Budget(bytes_per_token=whole * middle / (1 << 12))
+        try:
+            bytes_held = held(tried)
+        except InputError:  # below what floors or protection allow
+            low = middle
+            continue
+        if bytes_held <= most:
+            low, fits = middle, tried
+        else:
+            top, least = middle, min(least, bytes_held)
+    if fits is None:
+        raise InputError(
+            f"the method holds at least {math.ceil(1000 * least / full) / 1000:g} of the uncompressed bytes of such a "
+            f"prompt, with windows, scales and read-outs, and {share:g} is asked for; raise the share, lower the "
+            "method's floor or windows, or give longer prompts"
+        )
+    return fits
 
 
 def bytes_per_channel(bits: int | None, element_size: int) -> float:

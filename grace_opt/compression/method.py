@@ -160,15 +160,28 @@ METHODS: dict[str, Method] = {
     "kq-svd": Method(codec="lowrank", codec_options={"basis": "kq-svd"}, **_UNIFORM),
 }
 
+_INTEGERS = {f"int{bits}": bits for bits in BITS}  # the end of a composed name -> bits of keys and values
+_ALL_CHANNELS = Method(codec="whole", readout=ReadoutRecipe("none"))
+
 
 def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
     """The named method with some fields, of it or of its parts, set; strings are parsed as the command line's.
 
-    Raises InputError for an unknown name or field (with the nearest), or a wrong value.
+    A name may be composed: ``grace-opt+int4`` is grace-opt with both kinds' rows as integers of 4 bits, and ``int4``
+    these alone. Raises InputError for an unknown name or field (with the nearest), or a wrong value.
     """
+    base, plus, last = name.rpartition("+")
+    bits = _INTEGERS.get(last)
+    options = (_named(base if bits else name) if plus or not bits else _ALL_CHANNELS).options()
+    if bits:
+        options |= {"key_bits": bits, "value_bits": bits}
+    return from_options({**options, **(overrides or {})}, name)
+
+
+def _named(name: str) -> Method:
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
-    return from_options({**METHODS[name].options(), **(overrides or {})}, name)
+        raise InputError(f"unknown method {name!r}{did_you_mean(name, [*METHODS, *_INTEGERS])}")
+    return METHODS[name]
 
 
 def require_effect(method: Method, given: Collection[str], budgets: Sequence[Budget]) -> None:
@@ -200,8 +213,14 @@ def require_effect(method: Method, given: Collection[str], budgets: Sequence[Bud
     for name, (effective, otherwise) in effects.items():
         if name in given and not effective:
             raise InputError(f"{name} has no effect {otherwise}")
-    if "value_weight" in given and all(each.bytes_per_token is None for each in budgets):
-        raise InputError("value_weight has no effect on ratios; leave it out, or give --budget-bytes")
+    for budget in budgets:
+        if method.codec == "whole" and method.tokens is None and budget.share is None:
+            raise InputError(
+                "integers alone prune nothing, so ratios and bytes a token have no effect on them; give a share of the "
+                "bytes that they are to stay below (--budget-share)"
+            )
+    if "value_weight" in given and all(each.bytes_per_token is each.share is None for each in budgets):
+        raise InputError("value_weight has no effect on ratios; leave it out, or give --budget-bytes or --budget-share")
 
 
 def from_options(options: Mapping[str, Any], name: str = "of the file") -> Method:

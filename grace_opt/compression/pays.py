@@ -1,8 +1,8 @@
-"""From how many tokens on a compressed cache takes fewer bytes than a full one."""
+"""What a compressed cache holds, and from how many tokens on that is less than a full one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from grace_opt.heads import KINDS, Kind
@@ -20,8 +20,8 @@ _LONGEST = 2**31
 def pays_from(layers: Mapping[int, LayerPlan], shapes: Mapping[int, Shapes], itemsize: int) -> int | None:
     """The length of the shortest prompt from which on these layers take fewer bytes than full ones.
 
-    ``shapes``: of each layer; ``itemsize``: bytes of an element of keys and values. For one row; growth space, and what
-    a token policy keeps whole, are left out. None if it never pays, or if a codec is only fitted to a prompt, so that
+    ``shapes``: of each layer; ``itemsize``: bytes of an element of keys and values. For one row; growth space is left
+    out. None if it never pays, or if a codec is only fitted to a prompt, so that
     its size is not known. O(log of the answer).
     """
     codecs = {i: {kind: _codecs(plan, kind, *shapes[i][kind]) for kind in KINDS} for i, plan in layers.items()}
@@ -29,14 +29,12 @@ def pays_from(layers: Mapping[int, LayerPlan], shapes: Mapping[int, Shapes], ite
         return None
 
     def saved(tokens: int) -> float:
-        total = 0.0
-        for i, plan in layers.items():
-            for kind in KINDS:
-                heads, n = shapes[i][kind]
-                total += tokens * heads * n * itemsize
-                total -= sum(_held(plan, kind, codec, tokens, itemsize) for codec in codecs[i][kind] or ())
-            total -= 8 + (0 if plan.tokens is None else 8 * _staying(plan, tokens))
-        return total
+        full = sum(heads * n for of_layer in shapes.values() for heads, n in of_layer.values())
+        held = sum(
+            held_bytes(plan, {kind: each or () for kind, each in codecs[i].items()}, tokens, itemsize)
+            for i, plan in layers.items()
+        )
+        return tokens * full * itemsize - held
 
     # Up to here every token is whole; from here on each token more saves something, if it ever does.
     low = max(
@@ -72,8 +70,34 @@ def _codecs(plan: LayerPlan, kind: Kind, heads: int, n: int) -> list[Codec] | No
 
 def _staying(plan: LayerPlan, tokens: int) -> int:
     """How many tokens of a prompt stay."""
-    old = max(0, tokens - plan.windows.sinks - plan.windows.recent_window)
-    return tokens if plan.tokens is None else tokens - old + round(plan.tokens.share * old)
+    return tokens if plan.tokens is None else tokens - _old(plan, tokens) + _chosen(plan, tokens)
+
+
+def _chosen(plan: LayerPlan, tokens: int) -> int:
+    """How many of the old ones a policy keeps."""
+    return round(plan.tokens.share * _old(plan, tokens)) if plan.tokens is not None else 0
+
+
+def _old(plan: LayerPlan, tokens: int) -> int:
+    return max(0, tokens - plan.windows.sinks - plan.windows.recent_window)
+
+
+def held_bytes(plan: LayerPlan, codecs: Mapping[Kind, Sequence[Codec]], tokens: int, itemsize: int) -> float:
+    """Bytes of one row of a layer after a prompt of so many tokens, with these codecs of its heads (docs/cache.md).
+
+    Windows, scales, positions and read-outs are counted; growth space is not.
+    """
+    of_heads = sum(_held(plan, kind, codec, tokens, itemsize) for kind, each in codecs.items() for codec in each)
+    parts = {tuple(codec.signature() for codec in head) for head in zip(*codecs.values(), strict=True)}
+    return of_heads + 8 * len(parts) + _positions(plan, tokens)
+
+
+def _positions(plan: LayerPlan, tokens: int) -> int:
+    """Bytes that say which tokens a policy keeps, and which of them hold residuals."""
+    if plan.tokens is None:
+        return 0
+    beside = plan.tokens.policy.whole and plan.codecs
+    return 8 * _staying(plan, tokens) + (8 * _chosen(plan, tokens) if beside else 0)
 
 
 def _held(plan: LayerPlan, kind: Kind, codec: Codec, tokens: int, itemsize: int) -> float:
@@ -83,7 +107,8 @@ def _held(plan: LayerPlan, kind: Kind, codec: Codec, tokens: int, itemsize: int)
     stay = _staying(plan, tokens)
     blocks = max(0, stay - windows.sinks - last) // codec.block * codec.block if codec.block else 0
     total = codec.nbytes(blocks, itemsize) + (stay - blocks) * width * itemsize
-    total += (min(stay, last) + min(stay, windows.sinks)) * dropped * itemsize
+    whole = min(stay, last) + min(stay, windows.sinks)
+    total += (stay if plan.tokens is not None and plan.tokens.policy.whole else whole) * dropped * itemsize
     for each in codec.tensors().values():
         total += each.numel() * (itemsize if each.is_floating_point() else each.element_size())
     return total + itemsize * _fitted(plan, codec)

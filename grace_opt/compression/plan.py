@@ -86,6 +86,7 @@ class Choice:
     budget: Budget
 
     def __post_init__(self) -> None:
+        self.budget.require_no_share("a layer's choice")
         if self.budget.bytes_per_token is not None:
             raise InputError(
                 "a budget in bytes is shared over all layers, and a layer that chooses from each prompt cannot wait "

@@ -34,10 +34,12 @@ class TokenPolicy(ABC):
         name: in `POLICIES` and in mask files.
         slides: whether tokens that leave the recent window later are dropped; if not, they are compressed. Only where
             generated tokens are pruned.
+        whole: whether the tokens that stay are whole, rather than compressed.
     """
 
     name: ClassVar[str]
     slides: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
 
     @abstractmethod
     def tiers(self, seen: Observed, share: float) -> Tensor:

@@ -22,6 +22,7 @@ class Streaming(TokenPolicy):
 
     name: ClassVar[str] = "streaming"
     slides: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
 
     def tiers(self, seen: Observed, share: float) -> Tensor:
         import torch
