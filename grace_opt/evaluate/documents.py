@@ -60,7 +60,7 @@ def read_documents(source: str | Path | None) -> list[Document]:
         documents = []
         for number, row in _rows(path):
             name = row.get("title") or row.get("id") or f"{path.stem}:{number}"
-            documents.append(Document(str(name), _field(row, "text", f"line {number} of {path}")))
+            documents.append(Document(str(name), text_field(row, "text", f"line {number} of {path}")))
         return documents
     return [Document(path.stem, read_text(str(source)), cut=True)]
 
@@ -94,16 +94,20 @@ def load_dataset_documents(name: str, split: str, local: Path | None = None) -> 
     """
     if name not in DATASETS:
         raise InputError(f"unknown dataset {name!r}; use one of {', '.join(DATASETS)}")
-    rows = _hub_rows(name, split) if local is None else _rows(_local_file(local, split))
     documents = []
-    for number, row in rows:
+    for number, row in dataset_rows(name, split, local):
         where = f"row {number} of {name} {split}"
         # LongBench has context and input, RULER's generator input alone, RULER on the hub context and question.
-        parts = [_field(row, field, where) for field in ("context", "input", "question") if row.get(field)]
+        parts = [text_field(row, field, where) for field in ("context", "input", "question") if row.get(field)]
         if not parts:
             raise InputError(f"{where} has no context and no input; give a copy in the format of {name}")
         documents.append(Document(str(row.get("_id", f"{split}:{row.get('index', number)}")), "\n\n".join(parts)))
     return documents
+
+
+def dataset_rows(name: str, split: str, local: Path | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number, from 1, and the fields of every row of a dataset, from where `load_dataset_documents` says."""
+    return _hub_rows(name, split) if local is None else _rows(local_file(local, split))
 
 
 def check_counts(prefix: int | None, scored: int, documents: int | None) -> None:
@@ -176,7 +180,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path} holds no document; write one JSON object a line")
 
 
-def _field(row: Mapping[str, Any], field: str, where: str) -> str:
+def text_field(row: Mapping[str, Any], field: str, where: str) -> str:
+    """A field that must be a string of Unicode; raises InputError with ``where`` in it."""
     value = row.get(field)
     if not isinstance(value, str):
         raise InputError(f'{where} has no string field "{field}"; every line needs one')
@@ -187,7 +192,8 @@ def _field(row: Mapping[str, Any], field: str, where: str) -> str:
     return value
 
 
-def _local_file(local: Path, split: str) -> Path:
+def local_file(local: Path, split: str) -> Path:
+    """The file of a split in a local copy: the file itself, or in the folder. Raises InputError if there is none."""
     candidates = [local] if not os.path.isdir(local) else [local / f"{split}.jsonl", local / split / "validation.jsonl"]
     for path in candidates:
         if os.path.isfile(path):

@@ -27,20 +27,24 @@ class Question:
         text: as it follows the context.
         answers: strings that a right answer has.
         new_tokens: how many are generated at the most.
-        prefix: the beginning of the answer, which the prompt already has.
+        prefix: the beginning of the answer, which the prompt already has; white space that parts it from the question
+            is left out where a chat template begins the answer.
+        choices: every answer that there could be, for tasks that classify.
     """
 
     text: str
     answers: tuple[str, ...]
     new_tokens: int
     prefix: str = ""
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One context with its questions; with the longest of them, and what is generated, at most ``length`` tokens.
 
-    ``place``: where in a task's space it lies, such as the ``depth`` of a needle.
+    ``place``: where in a task's space it lies, such as the ``depth`` of a needle. ``plain``: never in a chat template,
+    as the task is published.
     """
 
     task: str
@@ -49,6 +53,7 @@ class Prompt:
     context: str
     questions: tuple[Question, ...]
     place: Mapping[str, float] = field(default_factory=dict)
+    plain: bool = False
 
 
 class Family(ABC):
@@ -65,6 +70,15 @@ class Family(ABC):
     tasks: ClassVar[tuple[str, ...]]
     grows: ClassVar[bool] = False
     differs: ClassVar[str] = ""
+
+    def __init__(self, local: str | None = None) -> None:
+        """``local``: a local copy of the data that some tasks have."""
+        self.local = local
+
+    @property
+    def at_hand(self) -> tuple[str, ...]:
+        """The tasks that the family's own name stands for: those whose data is here."""
+        return self.tasks
 
     @abstractmethod
     def prompts(
@@ -95,6 +109,7 @@ def rendered(prompt: Prompt, question: Question, protocol: str, tokenizer: Any, 
     Under `query-aware` all but the last token is compressed. ``chat``: in the tokenizer's template, as one turn of a
     user, which the answer's prefix follows.
     """
+    chat = chat and not prompt.plain
     head, tail = _around(prompt.context, question, tokenizer, chat)
     bos = [] if chat else bos_of(tokenizer)
     context, rest = bos + _ids(tokenizer, head), _ids(tokenizer, tail)
@@ -125,7 +140,7 @@ def _around(context: str, question: Question, tokenizer: Any, chat: bool) -> tup
     head, mark, tail = text.partition(_MARK)
     if not mark:
         raise InputError("the tokenizer's chat template changes what a user says; leave it out (--no-chat)")
-    return head, tail + question.prefix
+    return head, tail + question.prefix.lstrip()
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 
 from grace_opt.errors import InputError
 from grace_opt.evaluate.documents import read_documents
-from grace_opt.evaluate.tasks.needle import ANSWER_TOKENS, NEEDLE, QUESTION, found, needle_prompts
-from grace_opt.models.load import smollm2_folder
+from grace_opt.evaluate.tasks.base import Question
+from grace_opt.evaluate.tasks.needle import (
+    ANSWER_TOKENS,
+    NEEDLE,
+    QUESTION,
+    VAULTS,
+    Needle,
+    found,
+    needle_prompts,
+)
+from grace_opt.evaluate.tasks.needle import (
+    DEPTHS as TASK_DEPTHS,
+)
 
 DEPTHS = (0.0, 0.1, 0.5, 0.9, 1.0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2_folder())
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,35 @@ def test_what_cannot_be_hidden_is_a_sentence(tokenizer: Any, haystack: list[int]
     assert len(needle_prompts(haystack, tokenizer, [least], [0.5])[0].ids) == least
     with pytest.raises(InputError, match=r"the haystack has 100 tokens and 256 need \d+; give a longer text"):
         needle_prompts(haystack[:100], tokenizer, [256], [0.5])
+
+
+def test_the_task_hides_one_number_at_each_depth_in_turn(tokenizer: Any) -> None:
+    prompts = Needle().prompts("needle/single", tokenizer, 1024, 6)
+    assert [prompt.place["depth"] for prompt in prompts] == [*TASK_DEPTHS, TASK_DEPTHS[0]]
+    for prompt in prompts:
+        [question] = prompt.questions
+        needle = NEEDLE.format(question.answers[0])
+        before, after = prompt.context.split(needle)
+        words, all_words = len(before.split()), len(before.split()) + len(after.split())
+        assert prompt.place["depth"] * all_words - 101 <= words <= prompt.place["depth"] * all_words + 1
+        assert question.text + question.prefix == QUESTION
+
+
+def test_several_numbers_are_asked_for_one_by_one(tokenizer: Any) -> None:
+    for prompt in Needle().prompts("needle/multi", tokenizer, 1024, 3):
+        hidden = dict(re.findall(r"The secret number of the (\w+) vault is (\d+)\. Remember it\.", prompt.context))
+        assert set(hidden) == set(VAULTS)
+        assert len(set(hidden.values())) == len(VAULTS)
+        assert [question.answers for question in prompt.questions] == [(hidden[vault],) for vault in VAULTS]
+        for vault, question in zip(VAULTS, prompt.questions, strict=True):
+            assert question.text == f"\n\nQuestion: What is the secret number of the {vault} vault?"
+            assert question.prefix == f"\nAnswer: The secret number of the {vault} vault is"
+
+
+def test_the_task_scores_the_number_alone() -> None:
+    question = Question("", ("48213",), 10)
+    assert Needle().score("needle/single", question, " 48,213. Remember it.") == 1
+    assert Needle().score("needle/single", question, " 482137") == 0
 
 
 @given(number=st.integers(10_000, 99_999))

@@ -1,0 +1,57 @@
+"""Prompts of a length: as much haystack as it holds, and one stream of random numbers for each prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from grace_opt.errors import InputError
+from grace_opt.evaluate.tasks.base import Prompt, rendered
+
+#: a prompt with so much haystack, the same one whenever it is asked for
+Maker = Callable[[int], Prompt]
+
+
+def stream(seed: int, task: str, length: int, number: int) -> np.random.Generator:
+    """The random numbers of a prompt: the same in every process, whatever other prompts are made beside it."""
+    digest = hashlib.sha256(task.encode()).digest()
+    return np.random.default_rng((seed, int.from_bytes(digest[:8], "big"), length, number))
+
+
+def size(prompt: Prompt, tokenizer: Any, chat: bool) -> int:
+    """The tokens of a prompt with the longest of its questions, the template, and what is generated."""
+    sizes = []
+    for question in prompt.questions:
+        ids = rendered(prompt, question, "context-only", tokenizer, chat)
+        sizes.append(len(ids.compressed) + len(ids.following) + question.new_tokens)
+    return max(sizes)
+
+
+def fill(makers: Sequence[Maker], tokenizer: Any, length: int, chat: bool, least: int = 1) -> list[Prompt]:
+    """Each maker's prompt with the most haystack that ``length`` tokens hold, never less than ``least``.
+
+    Raises InputError, with the least length that would do, if one does not hold that.
+    """
+    smallest = [make(least) for make in makers]
+    need = max((size(prompt, tokenizer, chat) for prompt in smallest), default=0)
+    if need > length:
+        raise InputError(f"{smallest[0].task} needs prompts of at least {need} tokens, got a length of {length}")
+    return [
+        make(_most(lambda amount, make=make: size(make(amount), tokenizer, chat) <= length, least))  # type: ignore[misc]
+        for make in makers
+    ]
+
+
+def _most(fits: Callable[[int], bool], least: int) -> int:
+    """An amount that fits where one more does not; ``least`` fits."""
+    step = 1
+    while fits(least + step):
+        step *= 2
+    low, high = least + step // 2, least + step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
