@@ -23,7 +23,7 @@ from tests.support.snippets import RUN, bash, blocks, differs, python, run
 
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 #: pages whose blocks all run, or say why not; commands of the service run in tests/service
-QUICK = ["problem.md", "formats.md", "solvers.md", "compare.md"]
+QUICK = ["problem.md", "formats.md", "solvers.md", "compare.md", "tasks.md"]
 PAGES = [*QUICK, "cache.md", "tutorial.md"]
 
 
