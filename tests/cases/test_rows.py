@@ -19,6 +19,7 @@ from grace_opt.compression.tokens.base import TokenRule
 from grace_opt.compression.tokens.streaming import Streaming
 from tests.support.families import tiny_model
 from tests.support.generation import logits_of, random_mask
+from tests.support.slack import assert_logits
 
 WINDOWS: dict[str, Any] = {"recent_window": 4, "sinks": 2}
 INT4, INT8 = ({"key_bits": bits, "value_bits": bits} for bits in (4, 8))
@@ -65,7 +66,7 @@ def batch(padding: list[int], tokens: int) -> tuple[Tensor, Tensor]:
 def assert_alone(row: int, together: list[Tensor], steps: list[int], alone: list[Tensor]) -> None:
     """The logits that a row got in the steps of a batch are those that it gets alone."""
     for size, ours, theirs in zip(steps, together, alone, strict=True):
-        torch.testing.assert_close(ours[row * size : (row + 1) * size], theirs, atol=1e-5, rtol=0)
+        assert_logits(ours[row * size : (row + 1) * size], theirs)
 
 
 @pytest.mark.parametrize("generated", ["keep", "prune"])

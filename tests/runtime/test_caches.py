@@ -15,6 +15,7 @@ from grace_opt import InputError
 from tests.support.families import tiny_model
 from tests.support.generation import assert_same, compare, logits_of, prompts, random_mask, run
 from tests.support.reference import use_zero_channel_attention
+from tests.support.slack import assert_logits
 
 WAYS = pytest.mark.parametrize(
     "more", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["greedy", "beams", "chunks"]
@@ -72,7 +73,7 @@ def test_two_chat_turns(static: bool) -> None:
     for mine, theirs in zip(
         ours, logits_of(model, DynamicCache(config=model.config), turns, ids, attended), strict=True
     ):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+        assert_logits(mine, theirs)
 
 
 @STATIC
@@ -96,7 +97,7 @@ def test_cropped_tokens_might_never_have_come(
         (ours,) = logits_of(model, past, [size], ids, attended)
         use_zero_channel_attention(model, mask, lengths)
         (theirs,) = logits_of(model, reference, [size], ids, attended)
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        assert_logits(ours, theirs)
         if crop is not None and size == crop:
             past.crop(-crop)
             reference.crop(-crop)
@@ -117,7 +118,7 @@ def test_a_prompt_that_is_cropped_might_have_been_shorter(generated: str, static
     past.crop(-5)
     ours = logits_of(model, past, [1] * 9, ids, attended)
     for mine, theirs in zip(ours, expected[1:], strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+        assert_logits(mine, theirs)
 
 
 @STATIC
@@ -207,7 +208,7 @@ def test_a_compiled_step_is_one_graph_and_gives_the_same(padded: bool, readout: 
     ours = logits_of(model, past, [21], ids, wide)
     ours += _compiled_logits(model, past, range(21, 51), ids, wide, backend)
     for mine, theirs in zip(ours, eager, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+        assert_logits(mine, theirs)
     counters = torch._dynamo.utils.counters
     assert sum(counters["graph_break"].values()) == 0
     assert counters["stats"]["unique_graphs"] <= 2  # the second: lengths that changed once are taken as tensors
@@ -313,7 +314,7 @@ def test_preallocated_integers_are_those_of_a_growing_cache(bits: dict[str, int]
             logits += logits_of(model, each, [*[1] * 3, 20], ids, attended[[1, 1, 0, 3]])
         found.append(logits)
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        assert_logits(ours, theirs)
 
 
 @pytest.mark.parametrize("generated", ["prune", "keep"])
@@ -330,7 +331,7 @@ def test_a_compiled_step_packs_integers_in_one_graph(generated: str) -> None:
     ours = logits_of(model, past, [70], ids, attended)
     ours += _compiled_logits(model, past, range(70, 130), ids, attended, "aot_eager")
     for mine, theirs in zip(ours, eager, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+        assert_logits(mine, theirs)
     counters = torch._dynamo.utils.counters
     assert sum(counters["graph_break"].values()) == 0
     assert counters["stats"]["unique_graphs"] <= 2

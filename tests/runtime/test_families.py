@@ -23,6 +23,7 @@ from tests.support import ROOT
 from tests.support.families import tiny_model
 from tests.support.generation import steps
 from tests.support.reference import use_zero_channel_attention
+from tests.support.slack import logit_slack
 
 PAGE = ROOT / "docs" / "families.md"
 # A multimodal model's language model has a class of its own.
@@ -112,7 +113,7 @@ def run(model: Any, past: Any = None) -> Any:
 
 def differs(one: Any, other: Any) -> bool:
     """Whether the tokens differ, or the logits by more than 1e-4 of the largest."""
-    tolerance = 1e-4 * float(torch.stack(other.logits).abs().max())
+    tolerance = logit_slack(other.logits)
     try:
         return not all(bool(((a - b).abs() <= tolerance).all()) for a, b in steps(one, other, tolerance))
     except AssertionError:

@@ -25,6 +25,7 @@ from grace_opt.models.attention import register
 from grace_opt.testing.policies import check_policy
 from tests.support.families import tiny_model
 from tests.support.generation import assert_same, logits_of, random_mask
+from tests.support.slack import assert_logits
 
 SINKS, RECENT = 2, 4
 
@@ -160,7 +161,7 @@ def test_dense_attention_with_dropped_tokens_masked_is_the_same(
     dense(model, mask, attended, 30)
     theirs = logits_of(model, DynamicCache(config=model.config), chunks, ids, attended)
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+        assert_logits(mine, other)
 
 
 @GENERATED
@@ -259,7 +260,7 @@ def test_integers_beams_crop_and_choice_from_the_prompt() -> None:
             for at in range(100, 103)
         ]
     for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+        assert_logits(mine, theirs)
     with pytest.raises(InputError, match="cannot be taken back, only 3"):
         past.crop(-4)
     chosen = method("grace-opt", {"tokens": "every-third", "token_share": 0.6, "recent_window": 4, "sinks": 2})
@@ -287,7 +288,7 @@ def test_cropped_tokens_might_never_have_come(ragged: bool, generated: str) -> N
                 position_ids=positions[:, part],
                 past_key_values=past,
             ).logits
-        torch.testing.assert_close(mine.flatten(0, 1), theirs, atol=1e-4, rtol=0)
+        assert_logits(mine.flatten(0, 1), theirs)
 
 
 @RULES
@@ -314,7 +315,7 @@ def test_cache_operations_follow_the_batch(policy: TokenPolicy, share: float) ->
         (lambda past: past.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
         (lambda past: past.batch_select_indices(torch.tensor([1])), [1]),
     ):
-        torch.testing.assert_close(after(change, rows), plain[rows], atol=1e-4, rtol=0)
+        assert_logits(after(change, rows), plain[rows])
 
 
 @RULES

@@ -108,7 +108,8 @@ def compiled(many: int, form: str, key_bits: int, value_bits: int) -> int:
         "fetch_add": vectors.fetch_add(),
         "pointer": vectors.pointer(),
     }
-    # numba's cache knows a function by its name, its code and its file's time; nothing of what it calls.
+    # numba's cache knows a function by its name, its code and its file's time; nothing of what it calls. And whatever
+    # has one name in one process is linked as one function, from whichever file of the cache it came first.
     sources = b"".join(Path(each).read_bytes() for each in (__file__, vectors.__file__))
     suffix = f"{many}_{form}_{key_bits}_{value_bits}_{hashlib.sha256(sources).hexdigest()[:12]}"
     parts = (
@@ -132,7 +133,7 @@ def compiled(many: int, form: str, key_bits: int, value_bits: int) -> int:
     )
     for part in parts:
         bound = numba.njit(error_model="numpy", fastmath=_FASTMATH, no_cpython_wrapper=True, no_cfunc_wrapper=True)(
-            _bound(part, part.__name__, names)
+            _bound(part, f"{part.__name__}_{suffix}", names)
         )
         names[part.__name__.replace("_floats", "floats")] = bound
     function = _bound(_work, f"work_{suffix}", names)

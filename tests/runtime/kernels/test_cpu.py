@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ import torch
 import grace_opt.runtime
 from grace_opt.runtime.kernels import choose, cpu
 from grace_opt.runtime.kernels.contract import Request
+from tests.support import ROOT
 from tests.support.families import tiny_model
 from tests.support.generation import logits_of, random_mask
 
@@ -119,3 +124,38 @@ def test_it_is_compiled_once_and_says_so(
         monkeypatch.setattr(decode.caching, "FunctionCache", nowhere)
         assert decode.compiled.__wrapped__(1, "float32", 0, 0)
         assert "no folder" in caplog.text
+
+
+def test_what_is_compiled_in_several_processes_runs_in_one(tmp_path: Path) -> None:
+    """Functions of one name, from several files of numba's cache, are linked as one: each compilation has its own."""
+    script = "import sys; from tests.runtime.kernels.test_cpu import errors_of as f; print(*f(*map(int, sys.argv[1:])))"
+
+    def started(*groups: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", script, *map(str, groups)]
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": "0"}  # which is in the names
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def errors(process: subprocess.Popen[str]) -> list[float]:
+        return list(map(float, process.communicate()[0].split()))
+
+    alone = [started(group) for group in (2, 3)]
+    found = [*(errors(each) for each in alone), errors(started(2, 3))]
+    assert [len(each) for each in found] == [1, 1, 2]
+    assert max(map(max, found)) < 1e-3
+
+
+def errors_of(*groups: int) -> list[float]:
+    """For models with so many queries a KV head: how far the kernel's logits are from those of float64."""
+    found = []
+    for group in groups:
+        size = {"hidden_size": 32 * group, "num_attention_heads": 2 * group, "num_key_value_heads": 2}
+        model = tiny_model("Llama", num_hidden_layers=1, head_dim=16, **size)
+        mask = random_mask(model, 7, values=9, recent_window=4, sinks=2, readout="static")
+        ids = torch.randint(3, 99, (1, 40), generator=torch.Generator().manual_seed(0))
+        cpu.SHORTEST = 0
+        logits = []
+        for each in (model, deepcopy(model).double()):
+            with grace_opt.runtime.cache(mask, each) as past:
+                logits.append(torch.cat(logits_of(each, past, [30] + [1] * 10, ids, torch.ones_like(ids))))
+        found.append(float((logits[0].double() - logits[1]).abs().max()))
+    return found

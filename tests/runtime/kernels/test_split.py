@@ -22,6 +22,7 @@ from grace_opt.runtime.kernels import choose, split
 from grace_opt.runtime.kernels import triton as kernel
 from tests.support.families import tiny_model
 from tests.support.generation import assert_same, logits_of, random_mask, run
+from tests.support.slack import assert_logits
 
 # The interpreter's numpy says when a mask of float32's minimum passes to -inf, as it should.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -132,7 +133,7 @@ def test_a_compiled_step_by_the_kernel_is_one_graph(monkeypatch: pytest.MonkeyPa
             model(input_ids=ids, past_key_values=past)
             logits.append([step(input_ids=ids[:, at : at + 1], past_key_values=past).logits for at in range(6)])
     assert len(calls) == 6
-    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
+    assert_logits(logits[1], logits[0])
 
 
 class Launches(TorchDispatchMode):
