@@ -68,7 +68,10 @@ def prose(modules: Iterable[str] = _PROSE_MODULES) -> Iterator[str]:
     About 80,000 characters from the modules that it reads by default; another source than `DEFAULT_TEXT`.
     """
     for name in modules:
-        module = importlib.import_module(name)
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # turtle, where Python came without Tk
+            continue
         members = [each for _, each in sorted(vars(module).items()) if getattr(each, "__module__", None) == name]
         for member in (module, *members):
             for paragraph in re.split(r"\n\s*\n", inspect.getdoc(member) or ""):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from grace_opt.errors import InputError
-from grace_opt.evaluate.tasks.base import Prompt, rendered
+from grace_opt.evaluate.tasks.base import Prompt, Question, rendered
 
 #: a prompt with so much haystack, the same one whenever it is asked for
 Maker = Callable[[int], Prompt]
@@ -23,11 +24,13 @@ def stream(seed: int, task: str, length: int, number: int) -> np.random.Generato
 
 def size(prompt: Prompt, tokenizer: Any, chat: bool) -> int:
     """The tokens of a prompt with the longest of its questions, the template, and what is generated."""
-    sizes = []
-    for question in prompt.questions:
+
+    def with_question(prompt: Prompt, question: Question) -> int:
         ids = rendered(prompt, question, "context-only", tokenizer, chat)
-        sizes.append(len(ids.compressed) + len(ids.following) + question.new_tokens)
-    return max(sizes)
+        return len(ids.compressed) + len(ids.following) + question.new_tokens
+
+    bare = replace(prompt, context="")  # the context is long, so it is read once
+    return with_question(prompt, max(prompt.questions, key=lambda question: with_question(bare, question)))
 
 
 def fill(makers: Sequence[Maker], tokenizer: Any, length: int, chat: bool, least: int = 1) -> list[Prompt]:

@@ -17,6 +17,7 @@ from grace_opt.evaluate.tasks import FAMILIES, find
 from grace_opt.evaluate.tasks.base import PROTOCOLS, Prompt, Question, rendered, uses_chat
 from grace_opt.evaluate.tasks.filling import fill, size, stream
 from grace_opt.evaluate.tasks.haystack import Haystack, compound, compounds, distinct, hide, sentence_ends, words
+from grace_opt.models.texts import prose
 from tests.support import ROOT
 
 MADE = [(family, task) for name in ("needle", "ruler", "longeval") for family, task in find(name)]
@@ -31,7 +32,7 @@ print(digest(AutoTokenizer.from_pretrained(sys.argv[1])))
 
 
 def digest(tokenizer: Any) -> str:
-    made = [family.prompts(task, tokenizer, 800, 1, seed=3, chat=True) for family, task in MADE]
+    made = [family.prompts(task, tokenizer, 1024, 1, seed=3, chat=True) for family, task in MADE]
     return hashlib.sha256(repr(made).encode()).hexdigest()
 
 
@@ -211,6 +212,15 @@ def test_filling_finds_the_most_that_fits(tokenizer: Any) -> None:
         assert size(prompt, tokenizer, False) == length
     with pytest.raises(InputError, match="t needs prompts of at least 5 tokens, got a length of 4"):
         fill([make], tokenizer, 4, False)
+
+
+def test_a_prompt_is_as_long_as_with_its_longest_question(tokenizer: Any) -> None:
+    questions = (Question(" b", ("c",), 3), Question(" b b b", ("c",), 2), Question(" b", ("c",), 2, prefix=" d"))
+    assert size(Prompt("t", 0, 50, " a a", questions), tokenizer, False) == 2 + 3 + 2
+
+
+def test_prose_of_a_python_without_tk() -> None:
+    assert list(prose(["no_module_of_this_name", "heapq"])) == list(prose(["heapq"]))
 
 
 def test_streams_of_random_numbers_differ() -> None:
