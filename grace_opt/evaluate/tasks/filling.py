@@ -42,19 +42,33 @@ def fill(makers: Sequence[Maker], tokenizer: Any, length: int, chat: bool, least
     need = max((size(prompt, tokenizer, chat) for prompt in smallest), default=0)
     if need > length:
         raise InputError(f"{smallest[0].task} needs prompts of at least {need} tokens, got a length of {length}")
-    return [
-        make(_most(lambda amount, make=make: size(make(amount), tokenizer, chat) <= length, least))  # type: ignore[misc]
-        for make in makers
-    ]
+    found = []
+    for make in makers:
+
+        def tokens(amount: int, make: Maker = make) -> int:
+            return size(make(amount), tokenizer, chat)
+
+        found.append(make(_most(tokens, length, least)))
+    return found
 
 
-def _most(fits: Callable[[int], bool], least: int) -> int:
-    """An amount that fits where one more does not; ``least`` fits."""
-    step = 1
-    while fits(least + step):
-        step *= 2
-    low, high = least + step // 2, least + step
+def _most(tokens: Callable[[int], int], length: int, least: int) -> int:
+    """An amount of at most ``length`` tokens where one more has more; ``least`` has no more.
+
+    Tokens grow nearly in proportion, so between two amounts the place is guessed; each third step halves what is left.
+    """
+    low, low_tokens = least, tokens(least)
+    high = least + 1
+    while (high_tokens := tokens(high)) <= length:
+        low, low_tokens = high, high_tokens
+        high += high - least
+    step = 0
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        step += 1
+        share = 0.5 if step % 3 == 0 else (length - low_tokens) / (high_tokens - low_tokens)
+        middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
+        if (middle_tokens := tokens(middle)) <= length:
+            low, low_tokens = middle, middle_tokens
+        else:
+            high, high_tokens = middle, middle_tokens
     return low

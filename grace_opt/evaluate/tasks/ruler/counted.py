@@ -53,11 +53,15 @@ def frequent_words(rng: np.random.Generator, amount: int, length: int) -> tuple[
 
 def _listed(rng: np.random.Generator, amount: int, often: int, seldom: int) -> tuple[str, list[str]]:
     pool = [each for kind in ("adjectives", "nouns", "verbs") for each in words(kind)]
-    if amount <= len(pool):
-        drawn = [pool[at] for at in rng.permutation(len(pool))[:amount]]
-    else:  # compounds are RULER's second list, for lengths that need more words
-        drawn = [compound(int(at)) for at in rng.choice(compounds(), size=amount, replace=False)]
+    drawn = [pool[at] for at in rng.permutation(len(pool))[:amount]]
     common = drawn[:COMMON]
+
+    def unlike() -> str:
+        word = compound(int(rng.integers(compounds())))
+        return unlike() if set(word.split("-")) & set(common) else word
+
+    # Compounds are RULER's second list, for lengths that need more words; none names a common word by the way.
+    drawn += distinct(unlike, amount - len(drawn))
     every = common * often + drawn[COMMON:] * seldom
     return _numbered([every[at] for at in rng.permutation(len(every))]), common
 

@@ -45,11 +45,11 @@ class Ruler(Family):
     grows = True  # a string that is contained stays contained
     differs = (
         "Not comparable with published RULER: the wording of prompts, the line of filler and the words are our own; "
-        "the haystack is prose of the running Python's documentation, from a random place for each prompt, instead of "
-        "essays; sentences end at . ! ?; lengths are filled to one word, line or document, not in steps; keys and "
-        "values differ from each other; the worked example of vt has 13 lines of filler; needles, words and documents "
-        "are shuffled anew for each prompt, and questions drawn at random. The chat template is the tokenizer's own, "
-        "or none."
+        "the haystack is prose of the running Python's documentation, from a random place for each prompt, instead "
+        "of essays; sentences end at . ! ?; lengths are filled to one word, line or document, not in steps; keys "
+        "and values differ from each other; the worked example of vt has 13 lines of filler; needles, words and "
+        "documents are shuffled anew for each prompt, and questions drawn at random; long lists go on with "
+        "compounds. The chat template is the tokenizer's own, or none."
     )
 
     @cached_property
