@@ -65,4 +65,4 @@ def _record(task: str, length: int, number: int, seed: int, lines: int, chat: bo
     text = f"\nThe record ends here. What is the <REGISTER_CONTENT> in line {label}? Give the number."
     if chat:
         return BEGIN + record, Question(text, answers, ANSWER_TOKENS)
-    return BEGIN + record, Question(text, answers, LINE_TOKENS, f"\nline {label}: REGISTER_CONTENT is")
+    return BEGIN + record, Question(text, answers, LINE_TOKENS, f"\nline {label}: REGISTER_CONTENT is <")

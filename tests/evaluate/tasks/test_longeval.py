@@ -26,7 +26,7 @@ def test_the_record_holds_the_line_that_is_asked_for(task: str, tokenizer: Any) 
             assert question.answers == (lines[label[1]],)
             assert all(1 <= int(content) <= 50_000 for content in lines.values())
             assert question.new_tokens == (100 if chat else 15)
-            assert question.prefix == ("" if chat else f"\nline {label[1]}: REGISTER_CONTENT is")
+            assert question.prefix == ("" if chat else f"\nline {label[1]}: REGISTER_CONTENT is <")
             if task == "longeval/lrt":
                 assert list(lines) == [str(each) for each in range(1, len(lines) + 1)]
             else:
@@ -53,6 +53,6 @@ def test_the_last_number_counts(text: str, score: int) -> None:
 
 
 def test_only_the_line_that_the_prompt_began_is_read() -> None:
-    begun = Question("", ("24169",), 15, prefix="\nline 7: REGISTER_CONTENT is")
-    assert LongEval().score("longeval/lrt", begun, " <24169>\nline 8: REGISTER_CONTENT is <17>") == 1
-    assert LongEval().score("longeval/lrt", begun, " <17>\nline 8: REGISTER_CONTENT is <24169>") == 0
+    begun = Question("", ("24169",), 15, prefix="\nline 7: REGISTER_CONTENT is <")
+    assert LongEval().score("longeval/lrt", begun, "24169>\nline 8: REGISTER_CONTENT is <17>") == 1
+    assert LongEval().score("longeval/lrt", begun, "17>\nline 8: REGISTER_CONTENT is <24169>") == 0
