@@ -41,10 +41,10 @@ from grace_opt import (
 from grace_opt.compression.codec import Whole
 from grace_opt.compression.integers import as_integers
 from grace_opt.compression.plan import CachePlan, LayerPlan
-from grace_opt.evaluate.capture import Captured, capture
+from grace_opt.evaluate.capture import Captured, capture, dense
 from grace_opt.evaluate.documents import Document, passages, read_documents
-from grace_opt.evaluate.replay import dense, log_probabilities
-from grace_opt.evaluate.run import divergence
+from grace_opt.evaluate.kl import divergence
+from grace_opt.evaluate.replay import log_probabilities
 from grace_opt.export.store import KVStore
 from grace_opt.export.store.store import dynamic_cache
 from grace_opt.heads import KINDS

@@ -127,35 +127,53 @@ class Interval(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRecord(_Strict):
-    """What `evaluate` measured of a method, or of a mask, at one budget."""
+class Measurement(_Strict):
+    """A line of measurements.jsonl of an evaluation: one trial on one prompt. The other fields are its task's."""
+
+    key: str = _about("sha256 of model, prompt and trial; by it a killed run goes on", "hex", pattern=SHA256)
+    task: str = _about("whose prompt it is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedRecord(_Strict):
+    """What the records of an evaluation have in common: one method, or mask, at one budget."""
 
     model: str = _about("as given", default="")
+    task: str = _about("`kl`, or the name of a task")
+    length: int = _about("of each prompt; for `kl`, what is read before anything is compressed", "tokens")
     method: str = _about("its name; of a mask, its path")
     options: dict[str, Any] = _about("every field of the method")
     ratio: float | None = _about("key channels pruned, as asked for; of a mask, as measured", "fraction")
     value_ratio: float | None = _about("value channels pruned, as asked for; of a mask, as measured", "fraction")
-    budget_bytes: float | None = _about("as asked for in place of the ratios", "bytes")
+    budget_bytes: float | None = _about("of an old token, as asked for in place of the ratios", "bytes")
+    budget_share: float | None = _about("of the bytes held, as asked for in place of the others", "fraction")
+    generated: str = _about(
+        "tokens after the prompt stay whole, or are pruned as they leave the recent window", "keep, prune"
+    )
+    bytes_per_token: float = _about(
+        "all bytes of the cache divided by the prompt's tokens, counted from tensors: also read-outs and channel "
+        "numbers",
+        "bytes",
+    )
+    full_bytes_per_token: float = _about("the same of the uncompressed cache", "bytes")
+    against_first: float | None = _about("p-value against the first method at the same budget")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(EvaluatedRecord):
+    """What `evaluate` measured of a method, or of a mask, at one budget: its divergence on a text."""
+
     kl: Interval = _about(
         "divergence of the compressed predictions from the uncompressed ones: `mean`, `low`, `high`", "nats a token"
     )
     nll: Interval = _about("by how much the text's own tokens cost more, the same three", "nats a token")
     top1: float = _about("tokens whose likeliest successor stays the same", "fraction")
-    needle: Interval | None = _about("needles found, with interval; null without needles", "fraction")
-    bytes_per_token: float = _about(
-        "all bytes of the cache divided by the prefix, counted from tensors: also read-outs and channel numbers",
-        "bytes",
-    )
-    full_bytes_per_token: float = _about("the same of the uncompressed cache", "bytes")
     documents: int = _about("documents scored")
     too_short: int = _about("documents left out")
-    prefix: int = _about("read before anything is compressed", "tokens")
     scored: int = _about("scored in each document", "tokens")
-    generated: str = _about("scored tokens stay whole, or are pruned as they leave the recent window", "keep, prune")
-    against_first: float | None = _about("p-value against the first method at the same budget")
     kl_documents: list[float] = _about("each document's KL", "nats a token")
     kl_positions: list[dict[str, float | None]] = _about(
-        "KL in spans `from`, `to` of positions after the prefix", "nats a token"
+        "KL in spans `from`, `to` of positions after the prompt", "nats a token"
     )
     kept: dict[str, list[list[float]] | None] = _about(
         "mean kept channels of each layer and KV head, for `key` and `value`; null if all are whole", "channels"
@@ -163,7 +181,23 @@ class EvaluationRecord(_Strict):
     layers: list[int] = _about("which layers the model caches")
     head_dim: int = _about("of a whole key", "channels")
     value_head_dim: int = _about("of a whole value", "channels")
-    needles: list[dict[str, float]] = _about("`length`, `depth`, `found`, `asked`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecord(EvaluatedRecord):
+    """What `evaluate` measured of a method, or of a mask, at one budget: its answers to a task's questions.
+
+    ``task`` is a family's name in the mean over those of its tasks that the uncompressed cache solves.
+    """
+
+    protocol: str = _about("whether the question is compressed with the context", "query-aware, context-only")
+    tasks: list[str] = _about("whose mean it is")
+    prompts: int = _about("asked of each task")
+    score: Interval = _about("as the task scores answers, 1 the best: `mean`, `low`, `high`", "fraction")
+    full_score: float = _about("the same of the uncompressed cache", "fraction")
+    solved: bool = _about("whether `full_score` is at least 0.6: a task that the model cannot do tells nothing")
+    against_full: float | None = _about("p-value against the uncompressed cache; null for itself")
+    places: list[dict[str, Any]] = _about("`score` and `asked` by place, such as a needle's `depth`")
 
 
 def names(model: type) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from grace_opt.compression.mask import KVMask
 from grace_opt.compression.method import method
 from grace_opt.compression.plugins import CODECS, POLICIES
 from grace_opt.evaluate.capture import capture
-from grace_opt.evaluate.run import Trial
+from grace_opt.evaluate.trial import Trial
 from tests.compression.test_codecs import HalvedPairs
 from tests.runtime.test_tokens import EveryThird
 from tests.support import ROOT

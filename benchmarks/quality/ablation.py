@@ -66,7 +66,7 @@ def main(
     format: FormatOption = "table",
 ) -> None:
     """Measure and print; the p-value is of the paired test against the first row."""
-    loaded, tokenizer, chosen = load(model, text, documents, prefix, scored)
+    loaded, _, chosen = load(model, text, documents, prefix, scored)
     trials = [named(label, "grace-opt", ratio, **fields) for label, fields in OURS.items()]
     trials += [named(label, "grace", ratio, **fields) for label, fields in GRACE.items()]
     rows = [
@@ -76,7 +76,7 @@ def main(
             "p": r["against_first"],
             "bytes/token": round(r["bytes_per_token"]),
         }
-        for r in measure(loaded, tokenizer, chosen, trials)
+        for r in measure(loaded, chosen, trials)
     ]
     show(f"Keys at {ratio:g}, {documents} documents", rows, format)
 

@@ -8,6 +8,7 @@ About half an hour on two cores for all parts with 12 documents.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -33,8 +34,9 @@ from grace_opt.compression.apply import apply
 from grace_opt.compression.budget import Budget
 from grace_opt.compression.method import METHODS, Windows
 from grace_opt.evaluate.capture import capture
-from grace_opt.evaluate.documents import Passages, read_documents
-from grace_opt.evaluate.run import Trial, prompts
+from grace_opt.evaluate.documents import Passages
+from grace_opt.evaluate.run import Plan, run
+from grace_opt.evaluate.trial import Trial
 from grace_opt.graphs.objectives import KEY_OBJECTIVES
 
 NAMES = ("think", "grace", "grace-opt")
@@ -56,7 +58,7 @@ def main(
         if name == "keys":
             trials = [named(each, each, ratio) for ratio in (0.5, 0.6, 0.7, 0.8) for each in NAMES]
             trials += [named(each, each, ratio) for ratio in (0.5, 0.7) for each in ("streaming", "svd", "kq-svd")]
-            records = measure(loaded, tokenizer, chosen, trials)
+            records = measure(loaded, chosen, trials)
             show(f"Keys: KL a token, nats, {documents} documents", by_method(records), format)
             show("Against think at the same ratio", [_against(record, records) for record in records], format)
         elif name == "values":
@@ -70,30 +72,24 @@ def main(
                 named("think", "think", 0.6, 0.4),
                 named("think", "think", 0.6, 0.6),
             ]
-            show(
-                "Keys and values", [_bytes_row(record) for record in measure(loaded, tokenizer, chosen, trials)], format
-            )
+            show("Keys and values", [_bytes_row(record) for record in measure(loaded, chosen, trials)], format)
         elif name == "generated":
             trials = [named(each, each, ratio) for ratio in (0.5, 0.7) for each in NAMES]
             trials += [
                 named("grace-opt, 128 queries", "grace-opt", ratio, observation_window=128) for ratio in (0.5, 0.7)
             ]
-            records = measure(loaded, tokenizer, chosen, trials, generated="prune")
+            records = measure(loaded, chosen, [replace(trial, generated="prune") for trial in trials])
             show("Keys, scored tokens pruned as they leave the window", by_method(records), format)
         elif name == "needle":
-            _, needles = prompts(
-                loaded, tokenizer, read_documents(text), prefix, scored, 1, [4096], [0.1, 0.3, 0.5, 0.7, 0.9]
-            )
-            trials = [named("whole", "grace-opt", 0.0)] + [
-                named(each, each, ratio) for ratio in (0.5, 0.7) for each in (*NAMES, "streaming")
+            trials = [named(each, each, ratio) for ratio in (0.5, 0.7) for each in (*NAMES, "streaming")]
+            rows = [
+                {name: r[name] for name in ("method", "ratio", "protocol")} | {"needles found": shown(r["score"])}
+                for r in run(loaded, tokenizer, trials, Plan(("needle",), (4096,), 5))
             ]
-            one = Passages(chosen.ids[:1], chosen.names[:1], prefix, scored, 0)
-            records = measure(loaded, tokenizer, one, trials, needles=needles)
-            rows = [{"method": r["method"], "ratio": r["ratio"], "needles found": shown(r["needle"])} for r in records]
             show("Needles in 4096 tokens", rows, format)
         elif name == "positions":
             _, _, long = load(model, text, 2, prefix, 8192 - prefix)
-            records = measure(loaded, tokenizer, long, [named(each, each, 0.7) for each in NAMES])
+            records = measure(loaded, long, [named(each, each, 0.7) for each in NAMES])
             rows = [
                 {"method": r["method"], **{f"{b['from']}": f"{b['mean']:.4f}" for b in r["kl_positions"]}}
                 for r in records

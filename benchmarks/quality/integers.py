@@ -27,7 +27,7 @@ from study import (
     shown,
 )
 
-from grace_opt.evaluate.run import Trial
+from grace_opt.evaluate.trial import Trial
 
 KEYS = [(0.0, 8), (0.0, 4), (0.0, 3), (0.0, 2), (0.25, 4), (0.25, 3), (0.5, 4), (0.5, 3), (0.5, 2), (0.7, 4), (0.7, 3)]
 BOTH = [
@@ -46,7 +46,7 @@ def main(
     format: FormatOption = "table",
 ) -> None:
     """Measure and print."""
-    loaded, tokenizer, chosen = load(model, text, documents, prefix, scored)
+    loaded, _, chosen = load(model, text, documents, prefix, scored)
     for name in part or ("keys", "values", "both"):
         if name == "both":
             trials = [
@@ -61,7 +61,7 @@ def main(
             if kind == "key":
                 trials += [named(f"think's {ratio}, 4 bit", "think", ratio, key_bits=4) for ratio in (0.5, 0.6)]
                 bits += [2.5, 2.0]
-        records = measure(loaded, tokenizer, chosen, trials)
+        records = measure(loaded, chosen, trials)
         rows: list[Record] = [
             {"bits an element": each, "policy": record["method"], "KL": shown(record["kl"])}
             for each, record in zip(bits, records, strict=True)

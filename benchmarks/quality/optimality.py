@@ -33,7 +33,7 @@ def main(
     format: FormatOption = "table",
 ) -> None:
     """Measure and print."""
-    loaded, tokenizer, chosen = load(model, text, documents, prefix, scored)
+    loaded, _, chosen = load(model, text, documents, prefix, scored)
     cases = [(name, readout) for name in ("logit", "centered", "attention") for readout in ("none", "attention")]
     solvers = ("independent", "greedy", "branch-and-bound")
     trials = []
@@ -43,7 +43,7 @@ def main(
                 label = f"{objective}, read-out {readout}, {solver}"
                 fields = {"objective": objective, "readout_fit": readout, "solver": solver, "budget": "uniform"}
                 trials.append(named(label, "grace-opt", ratio, **fields))
-    records = measure(loaded, tokenizer, chosen, trials)
+    records = measure(loaded, chosen, trials)
     show(f"Uniform budget, {documents} documents", by_method(records), format)
     rows = []
     for i in range(0, len(records), len(solvers)):

@@ -32,9 +32,9 @@ from study import (
 from grace_opt.compression.channels import Channels
 from grace_opt.compression.method import Windows
 from grace_opt.compression.plan import CachePlan, LayerPlan
-from grace_opt.evaluate.capture import Captured, capture
-from grace_opt.evaluate.replay import dense, log_probabilities, replay
-from grace_opt.evaluate.run import divergence
+from grace_opt.evaluate.capture import Captured, capture, dense
+from grace_opt.evaluate.kl import divergence
+from grace_opt.evaluate.replay import log_probabilities, replay
 from grace_opt.evaluate.statistics import bootstrap_mean
 from grace_opt.graphs.objectives import KEY_OBJECTIVES
 

@@ -25,7 +25,7 @@ from study import (
 
 from grace_opt import METHODS, Budget, Calibration, calibrate, mask_from_solutions, problems_of, solve_many
 from grace_opt.evaluate.documents import read_documents
-from grace_opt.evaluate.run import Trial
+from grace_opt.evaluate.trial import Trial
 
 
 def main(
@@ -53,7 +53,7 @@ def main(
                 for scope, label in (("prefill", "per prompt"), ("static", "static"), ("none", "none")):
                     mask = mask_from_solutions(bundle, solutions, readout_scope=scope)
                     trials.append(Trial(f"{name}{words} / {label}", mask, Budget(ratio)))
-    show(f"Mask / read-out, keys, {documents} documents", by_method(measure(loaded, tokenizer, chosen, trials)), format)
+    show(f"Mask / read-out, keys, {documents} documents", by_method(measure(loaded, chosen, trials)), format)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from rich.table import Table
 from grace_opt.compression.budget import Budget
 from grace_opt.compression.method import method
 from grace_opt.evaluate.documents import Passages, read_documents
-from grace_opt.evaluate.run import Trial, evaluate, prompts
+from grace_opt.evaluate.kl import evaluate, prompts
+from grace_opt.evaluate.trial import Trial
 from grace_opt.models.load import load_model
 
 Record = dict[str, Any]
@@ -37,11 +38,11 @@ def named(label: str, of: str, ratio: float, value_ratio: float = 0.0, **overrid
 def load(model: str, text: Path, documents: int, prefix: int, scored: int, skip: int = 0) -> tuple[Any, Any, Passages]:
     """The model, its tokenizer and passages of the documents after the first ``skip`` long enough ones."""
     loaded, tokenizer = load_model(model)
-    chosen, _ = prompts(loaded, tokenizer, read_documents(text), prefix, scored, skip + documents)
+    chosen = prompts(loaded, tokenizer, read_documents(text), prefix, scored, skip + documents)
     return loaded, tokenizer, Passages(chosen.ids[skip:], chosen.names[skip:], prefix, scored, chosen.too_short)
 
 
-def measure(model: Any, tokenizer: Any, chosen: Passages, trials: Sequence[Trial], **more: Any) -> list[Record]:
+def measure(model: Any, chosen: Passages, trials: Sequence[Trial]) -> list[Record]:
     """The records of `evaluate`, with a line on stderr for every tenth of the way."""
     console = Console(stderr=True)
 
@@ -49,7 +50,7 @@ def measure(model: Any, tokenizer: Any, chosen: Passages, trials: Sequence[Trial
         if done * 10 // total > (done - 1) * 10 // total:
             console.print(f"{done} of {total} caches scored")
 
-    return evaluate(model, tokenizer, chosen, trials, progress=progress, **more)
+    return evaluate(model, chosen, trials, progress=progress)
 
 
 def shown(interval: Mapping[str, float | None]) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grace_opt.compare.index import Index
 from grace_opt.compare.instances import (
     Instance,
     instances_of,
@@ -21,7 +22,6 @@ from grace_opt.compare.instances import (
     refusal,
     slack_of,
 )
-from grace_opt.compare.records_file import Index, RecordsFile
 from grace_opt.compare.summary import summarise, with_references
 from grace_opt.compression.budget import Budget
 from grace_opt.compression.method import METHODS, Method
@@ -30,7 +30,8 @@ from grace_opt.errors import InputError
 from grace_opt.files import check_writable, json_text, write_json
 from grace_opt.graphs import load_bundle
 from grace_opt.reading import read_json
-from grace_opt.records import budget_name, now
+from grace_opt.records import InstanceRecord, budget_name, now
+from grace_opt.records_file import RecordsFile
 from grace_opt.registry import create
 from grace_opt.reports.report import write_report
 from grace_opt.solution import Limits, Solution, Solver, ignored_limits
@@ -104,7 +105,7 @@ def compare(
     method = method or METHODS["grace-opt"]
     instances = instances_of(graphs, budgets, method)
     check_writable(folder / "records.jsonl")
-    with RecordsFile(folder / "records.jsonl", remark) as file:
+    with RecordsFile(folder / "records.jsonl", InstanceRecord, remark) as file:
         earlier = _earlier_runs(folder / "run.json")
         run = {
             **(provenance or {}),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +57,40 @@ def capture(model: PreTrainedModel, ids: Sequence[int], prefix: int, queries: in
 
     Raises InputError for a model whose attention cannot be observed, or all of whose layers have sliding windows.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicCache
 
     require_attention_interface(model)
+    require_rows(model, ids)
+    row = torch.tensor([list(ids)], device=input_device(model))
+    past = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return _captured(model, row, prefix, past, queries, {})
+
+
+def extended(captured: Captured, ids: Sequence[int]) -> Captured:
+    """The capture of the prefix and these further tokens, which alone are run: the prefix is in its cache.
+
+    It looks at as many of the last queries as ``captured`` did, which stays as it is.
+    """
+    row = torch.cat([captured.ids[:, : captured.prefix], captured.ids.new_tensor([list(ids)])], 1)
+    queries = next(iter(captured.queries.values())).shape[1]
+    return _captured(captured.model, row, row.shape[1], dense(captured), queries, captured.queries)
+
+
+def dense(captured: Captured) -> Any:
+    """The uncompressed cache after the prompt; the captured one stays as it is."""
+    from transformers.cache_utils import DynamicCache
+
+    past = DynamicCache(config=captured.model.config.get_text_config(decoder=True))
+    past.layers = [copy.copy(layer) for layer in captured.past.layers]  # updates replace tensors, and write into none
+    return past
+
+
+def _captured(
+    model: PreTrainedModel, row: Tensor, prefix: int, past: Any, queries: int, before: Mapping[int, Tensor]
+) -> Captured:
+    """Run what ``past`` does not hold of the prefix; ``before``: the last queries of what it does."""
+    from transformers.cache_utils import DynamicLayer
+
     asked: dict[int, Tensor] = {}
     scaling: dict[int, float] = {}
     outputs: dict[int, OutputProjection] = {}
@@ -66,16 +98,16 @@ def capture(model: PreTrainedModel, ids: Sequence[int], prefix: int, queries: in
     def keep(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, arguments: dict[str, Any]) -> None:
         if arguments.get("sliding_window") is not None:
             return
-        asked[module.layer_idx] = query[0, :, -queries:].clone()
-        scaling[module.layer_idx] = scale
-        outputs[module.layer_idx] = OutputProjection(module, query.shape[1], value)
+        layer = module.layer_idx
+        last = torch.cat([before[layer], query[0]], 1) if layer in before else query[0]
+        asked[layer] = last[:, -queries:].clone()
+        scaling[layer] = scale
+        outputs[layer] = OutputProjection(module, query.shape[1], value)
 
-    require_rows(model, ids)
-    row = torch.tensor([list(ids)], device=input_device(model))
-    past = DynamicCache(config=model.config.get_text_config(decoder=True))
+    held = int(past.get_seq_length())
     began = time.perf_counter()
     with torch.inference_mode(), attending_with(model, observing(keep)):
-        model.base_model(input_ids=row[:, :prefix], past_key_values=past, use_cache=True)
+        model.base_model(input_ids=row[:, held:prefix], past_key_values=past, use_cache=True)
     seconds = time.perf_counter() - began
     for layer in [layer for layer in asked if type(past.layers[layer]) is not DynamicLayer]:
         del asked[layer]  # a sliding or chunked window: its cache is short already, and stays as it is

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from grace_opt.compression.mask import KVMask
 from grace_opt.compression.plan import CachePlan
@@ -18,6 +17,9 @@ from grace_opt.runtime.cache import PrunedCache, cache
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.narrow import prefill_narrow, unbroken
 from grace_opt.runtime.ragged import RaggedLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK = 256  # tokens that are scored in one pass
 
@@ -61,36 +63,39 @@ def narrow(captured: Captured, plan: CachePlan | KVMask) -> PrunedCache:
     return past
 
 
-def dense(captured: Captured) -> Any:
-    """The uncompressed cache after the prompt; the captured one stays as it is."""
-    past = DynamicCache(config=captured.model.config.get_text_config(decoder=True))
-    past.layers = [copy.copy(layer) for layer in captured.past.layers]
-    return past
-
-
 def log_probabilities(captured: Captured, past: Any, *, chunk: int = CHUNK) -> Iterator[Tensor]:
     """Log-probabilities float32[c, vocabulary] that follow each token after the prefix, given all tokens up to it.
 
     The scored tokens go in chunks; each query sees the cache as decoding token by token would leave it. ``past`` is
     `replay`'s or `dense`'s, and goes on.
     """
-    with torch.inference_mode():
-        low = captured.prefix
-        while low < captured.ids.shape[1]:
-            count = min([chunk, *unbroken(past)])
-            part = captured.ids[:, low : low + count]
-            logits = captured.model(input_ids=part, past_key_values=past, use_cache=True).logits[0]
-            yield logits.float().log_softmax(-1)
-            low += count
+    for logits in _logits(captured.model, past, captured.ids[:, captured.prefix :], chunk):
+        yield logits.float().log_softmax(-1)
 
 
-def greedy_tokens(captured: Captured, past: Any, count: int) -> list[int]:
-    """``count`` tokens decoded greedily after all of the captured ids, on a cache of the prefix."""
+def greedy_tokens(
+    model: PreTrainedModel, past: Any, following: Tensor, most: int, stop: Callable[[list[int]], bool] = lambda _: False
+) -> list[int]:
+    """Up to ``most`` tokens decoded greedily after ``following`` int64[1, c], on a cache of what comes before.
+
+    ``stop``: asked after each token with all of them so far.
+    """
     tokens: list[int] = []
-    with torch.inference_mode():
-        part = captured.ids[:, captured.prefix :]
-        for _ in range(count):
-            logits = captured.model(input_ids=part, past_key_values=past, use_cache=True).logits
-            part = logits[:, -1:].argmax(-1)
-            tokens.append(int(part))
+    part = following
+    while len(tokens) < most:
+        *_, logits = _logits(model, past, part, CHUNK)
+        tokens.append(int(logits[-1].argmax()))
+        if stop(tokens):
+            break
+        part = following.new_tensor([tokens[-1:]])
     return tokens
+
+
+def _logits(model: PreTrainedModel, past: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
+    """The logits [c, vocabulary] after each of the tokens int64[1, ..], in chunks."""
+    low = 0
+    with torch.inference_mode():
+        while low < ids.shape[1]:
+            part = ids[:, low : low + min([chunk, *unbroken(past)])]
+            yield model(input_ids=part, past_key_values=past, use_cache=True).logits[0]
+            low += part.shape[1]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from grace_opt.evaluate.capture import Captured, capture
-from grace_opt.evaluate.replay import dense, log_probabilities
-from grace_opt.evaluate.run import divergence
+from grace_opt.evaluate.capture import Captured, capture, dense
+from grace_opt.evaluate.kl import divergence
+from grace_opt.evaluate.replay import log_probabilities
 from grace_opt.evaluate.statistics import bootstrap_mean
 from grace_opt.runtime.cache import cache_nbytes
 
@@ -46,7 +46,7 @@ def measured(source: Source, queries: int, run: Callable[[Captured], Run]) -> Re
         rise.append(nll)
         agree.append(same)
         held.append(ours.nbytes / captured.prefix)
-    about: dict[str, Any] = {"prefix": source.passages.prefix, "scored": source.passages.scored, "documents": len(kl)}
+    about: dict[str, Any] = {"length": source.passages.prefix, "scored": source.passages.scored, "documents": len(kl)}
     return about | {
         "kl": asdict(bootstrap_mean(kl)),
         "nll": asdict(bootstrap_mean(rise)),

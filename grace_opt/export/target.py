@@ -76,10 +76,11 @@ class Target(ABC):
 
         That of our own cache under the mask's plan; a target that runs something else measures that.
         """
-        from grace_opt.evaluate.run import evaluate, mask_trial
+        from grace_opt.evaluate.kl import evaluate
+        from grace_opt.evaluate.trial import mask_trial
 
         trial = mask_trial(source.mask.model, source.mask)
-        return evaluate(source.model, source.tokenizer, source.passages, [trial])[0]
+        return evaluate(source.model, source.passages, [trial])[0]
 
     @abstractmethod
     def check(self, source: Source, folder: Path, ids: list[int], new_tokens: int) -> Checked:

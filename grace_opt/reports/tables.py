@@ -64,23 +64,49 @@ def summary_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quality_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table of `grace-opt evaluate`."""
-
-    def shown(interval: Mapping[str, float | None] | None) -> str:
-        if interval is None:
-            return "-"
-        if interval["low"] is None:
-            return f"{interval['mean']:.4f}"
-        return f"{interval['mean']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
-
+    """A row of the table of `grace-opt evaluate --task kl`."""
     return {
         "method": record["method"],
-        "ratio": record["ratio"] if record["budget_bytes"] is None else f"{record['budget_bytes']:g} B",
-        "values": record["value_ratio"] if record["budget_bytes"] is None else "-",
-        "KL/token": shown(record["kl"]),
+        "budget": _budget(record),
+        "KL/token": _interval(record["kl"], 4),
         "NLL rise": f"{record['nll']['mean']:+.4f}",
         "top-1 %": f"{100 * record['top1']:.1f}",
-        "needle": shown(record["needle"]),
-        "bytes/token": f"{record['bytes_per_token']:.0f} of {record['full_bytes_per_token']:.0f}",
+        "bytes %": _held(record),
+        "length": record["length"],
         "documents": record["documents"],
     }
+
+
+def score_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of `grace-opt evaluate` with other tasks."""
+    percent = {name: None if each is None else 100 * each for name, each in record["score"].items()}
+    return {
+        "task": record["task"] if len(record["tasks"]) == 1 else f"{record['task']}, {len(record['tasks'])} solved",
+        "length": record["length"],
+        "protocol": record["protocol"],
+        "method": record["method"],
+        "budget": "-" if record["method"] == "full" else _budget(record),
+        "score %": _interval(percent, 1),
+        "bytes %": _held(record),
+        "prompts": record["prompts"],
+        "solved": "yes" if record["solved"] else "no",
+    }
+
+
+def _budget(record: Mapping[str, Any]) -> str:
+    if record["budget_share"] is not None:
+        return f"{record['budget_share']:g} of the bytes"
+    if record["budget_bytes"] is not None:
+        return f"{record['budget_bytes']:g} B"
+    return f"ratio {record['ratio']:g}" + (f", values {record['value_ratio']:g}" if record["value_ratio"] else "")
+
+
+def _held(record: Mapping[str, Any]) -> str:
+    return f"{100 * record['bytes_per_token'] / record['full_bytes_per_token']:.1f}"
+
+
+def _interval(interval: Mapping[str, float | None], digits: int) -> str:
+    mean, low, high = (interval[name] for name in ("mean", "low", "high"))
+    if low is None or high is None:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -47,7 +47,9 @@ def test_align_counts_in_a_uniform_budget_too(tmp_path: Path) -> None:
         (("--ratio", 0.5), "there is nothing to evaluate"),
         (("--mask", "mask", "--ratio", 0.5), "a mask has its own budget"),
         (("--method", "think", "--budget-bytes", 100, "--value-ratio", 0.5), "--value-ratio goes with --ratio"),
-        (("--method", "think", "--ratio", 0.5, "--needle-depth", 0.5), "give --needle-length too"),
+        (("--method", "think", "--ratio", 0.5, "--chat"), "kl asks no questions"),
+        (("--method", "think", "--ratio", 0.5, "--task", "needle", "--dataset", "ruler:4096"), "is the text of kl"),
+        (("--method", "int4", "--ratio", 0.5), "give a share of the bytes"),
         (("--method", "think", "--ratio", 0.5, "--method-option", "think.floor=3"), "floor has no effect in a uniform"),
         (
             ("--method", "grace-opt", "--ratio", 0.5, "--method-option", "grace-opt.offline_solver=auto"),

@@ -244,10 +244,8 @@ def evaluated(kl: float) -> dict[str, Any]:
         "kl": {"mean": kl, "low": None, "high": None},
         "bytes_per_token": 750.0,
         "full_bytes_per_token": 1000.0,
-        "bits": None,
         "kl_positions": [],
         "kept": {"key": None, "value": None},
-        "needles": [],
     }
 
 

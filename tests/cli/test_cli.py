@@ -356,12 +356,12 @@ def test_budgets_readouts_and_values_on_a_tiny_folder(tiny_folder: Path, tmp_pat
     records(inside("calibrate", tiny_folder, "-o", graphs, *common, "--value-objective", "output", "-f", "json"))
     assert {head.kind for head in load_bundle(graphs).heads} == {"key", "value"}
     records(inside(*solved, "--ratio", 0.5, "--value-ratio", 0.25))
-    measured = ("evaluate", tiny_folder, "--text", tmp_path / "text.txt", "--prefix", 80, "--scored", 10, "-f", "json")
+    measured = ("evaluate", tiny_folder, "--text", tmp_path / "text.txt", "--length", 80, "--scored", 10, "-f", "json")
     record = records(inside(*measured, "--mask", mask))[0]
     assert (record["ratio"], record["value_ratio"]) == (0.5, 0.25)
     rows = "".join(json.dumps({"context": WORDS, "input": "w5 ?", "_id": str(i)}) + "\n" for i in range(2))
     (tmp_path / "narrativeqa.jsonl").write_text(rows)
-    local = ("--text", tmp_path, "--dataset", "longbench:narrativeqa", "--prefix", 80, "--scored", 10, "-f", "json")
+    local = ("--text", tmp_path, "--dataset", "longbench:narrativeqa", "--length", 80, "--scored", 10, "-f", "json")
     assert records(inside("evaluate", tiny_folder, *local, "--mask", mask))[0]["documents"] == 2
     for message, arguments in {
         "give either --ratio or --budget-bytes": solved,
@@ -375,9 +375,9 @@ def test_budgets_readouts_and_values_on_a_tiny_folder(tiny_folder: Path, tmp_pat
         "there is nothing to evaluate": measured,
         "did you mean 'grace'": (*measured, "--method", "garce", "--ratio", 0.5),
         "unknown dataset 'squad'": (*measured, "--dataset", "squad:test", "--mask", mask),
-        "context of 256": (*measured, "--method", "think", "--ratio", 0.5, "--prefix", 300),
-        "no prunable key": (*measured, "--method", "think", "--ratio", 0.5, "--prefix", 20),
-        "is outside the text": (*measured, "--mask", mask, "--needle-length", 90, "--needle-depth", 2),
+        "context of 256": (*measured, "--method", "think", "--ratio", 0.5, "--length", 300),
+        "no prunable key": (*measured, "--method", "think", "--ratio", 0.5, "--length", 20),
+        "did you mean 'ruler/vt'": (*measured, "--mask", mask, "--task", "ruler/vtt"),
     }.items():
         assert message in sentence(inside(*arguments))
 

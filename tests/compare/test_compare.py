@@ -460,7 +460,7 @@ def test_stopped_and_started_again(small: Path, tmp_path: Path, how: signal.Sign
     until(lambda: file.exists() and file.read_bytes().count(b"\n") >= 8 + 2, "greedy's eight are there, and two more")
     second = cli(*arguments, **environment)
     assert second.returncode == 2
-    assert "another comparison is writing" in second.stderr
+    assert "another process is writing" in second.stderr
     process.send_signal(how)
     said, complained = process.communicate(timeout=PATIENCE)
     assert said == ""

@@ -19,10 +19,11 @@ from grace_opt.compression.budget import Budget
 from grace_opt.compression.method import METHODS, method
 from grace_opt.compression.plan import CachePlan
 from grace_opt.compression.readout import ReadoutRecipe
-from grace_opt.evaluate.capture import Captured, capture
+from grace_opt.evaluate.capture import Captured, capture, dense
 from grace_opt.evaluate.documents import Document
-from grace_opt.evaluate.replay import dense, greedy_tokens, log_probabilities, replay
-from grace_opt.evaluate.run import Trial, evaluate, mask_trial, prompts, trials
+from grace_opt.evaluate.kl import evaluate, prompts
+from grace_opt.evaluate.replay import greedy_tokens, log_probabilities, replay
+from grace_opt.evaluate.trial import Trial, mask_trial, trials
 from grace_opt.records import EvaluationRecord, check
 from grace_opt.runtime.cache import cache_nbytes
 from tests.support.families import FAMILIES, ByteTokenizer, tiny_model
@@ -39,8 +40,8 @@ def scored(captured: Captured, plan: CachePlan | None, chunk: int = 256) -> torc
         return torch.cat(list(log_probabilities(captured, past, chunk=chunk)))
 
 
-def planned(captured: Captured, name: str, budget: Budget, **options: Any) -> CachePlan:
-    return Trial("x", method(name, {**SMALL, **options}), budget).plan(captured)
+def planned(captured: Captured, name: str, budget: Budget, generated: Any = None, **options: Any) -> CachePlan:
+    return Trial("x", method(name, {**SMALL, **options}), budget, generated).plan(captured)
 
 
 def by_hand(model: Any, plan: CachePlan, ids: Any = None) -> torch.Tensor:
@@ -171,16 +172,19 @@ def test_greedy_tokens_are_the_models_own() -> None:
     model = tiny_model("Llama")
     captured = capture(model, IDS, PREFIX, 8)
     own = model.generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert greedy_tokens(captured, dense(captured), 6) == own[0, len(IDS) :].tolist()
+    following = torch.tensor([IDS[PREFIX:]])
+    expected = own[0, len(IDS) :].tolist()
+    assert greedy_tokens(model, dense(captured), following, 6) == expected
+    assert greedy_tokens(model, dense(captured), following, 6, lambda tokens: len(tokens) == 2) == expected[:2]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_is_evaluated(family: str) -> None:
     model, tokenizer = tiny_model(family), ByteTokenizer()
     texts = [Document("a", "some text of no meaning " * 30), Document("b", "another one, as dull " * 30)]
-    chosen, _ = prompts(model, tokenizer, texts, PREFIX, SCORED, 2)
+    chosen = prompts(model, tokenizer, texts, PREFIX, SCORED, 2)
     policies = {name: method(name, SMALL) for name in ("think", "grace-opt")}
-    records = evaluate(model, tokenizer, chosen, trials(policies, [Budget(0.5, 0.25), Budget(bytes_per_token=150)]))
+    records = evaluate(model, chosen, trials(policies, [Budget(0.5, 0.25), Budget(bytes_per_token=150)]))
     assert [record["method"] for record in records] == ["think", "grace-opt"] * 2
     for record in records:
         assert 0 <= record["kl"]["low"] <= record["kl"]["mean"] <= record["kl"]["high"]
@@ -196,17 +200,17 @@ def test_every_family_is_evaluated(family: str) -> None:
 
 def test_records_of_one_document_have_no_interval_and_masks_are_evaluated(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("Llama"), ByteTokenizer()
-    chosen, _ = prompts(model, tokenizer, [Document("a", "words " * 99)], PREFIX, SCORED, 3)
+    chosen = prompts(model, tokenizer, [Document("a", "words " * 99)], PREFIX, SCORED, 3)
     keep = tuple(np.arange(8, dtype=np.int32) for _ in range(2))
     plain = KVMask.of_channels("m", 2, 16, {0: keep, 1: keep}, recent_window=8, sinks=2)
     read = KVMask.of_channels("m", 2, 16, {0: keep, 1: keep}, recent_window=8, sinks=2, readout=ReadoutRecipe())
-    records = evaluate(model, tokenizer, chosen, [mask_trial("plain", plain), mask_trial("read", read)])
+    records = evaluate(model, chosen, [mask_trial("plain", plain), mask_trial("read", read)])
     assert records[0]["kl"]["low"] is None
     assert records[0]["documents"] == 1
     assert records[1]["kl"]["mean"] < records[0]["kl"]["mean"]
     wrong = KVMask.of_channels("m", 2, 16, {0: keep, 5: keep})
     with pytest.raises(InputError, match="was made for 'm'"):
-        evaluate(model, tokenizer, chosen, [mask_trial("wrong", wrong)])
+        evaluate(model, chosen, [mask_trial("wrong", wrong)])
 
 
 def test_prompts_that_do_not_fit_are_refused() -> None:
@@ -214,11 +218,9 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
     texts = [Document("a", "words " * 99)]
     with pytest.raises(InputError, match="context of 256"):
         prompts(model, tokenizer, texts, 250, 24, 1)
-    with pytest.raises(InputError, match="context of 256"):
-        prompts(model, tokenizer, texts, 60, 24, 1, [4096], [0.5])
-    chosen, _ = prompts(model, tokenizer, texts, 30, 4, 1)
+    chosen = prompts(model, tokenizer, texts, 30, 4, 1)
     with pytest.raises(InputError, match="no prunable key"):
-        evaluate(model, tokenizer, chosen, trials({"think": METHODS["think"]}, [Budget(0.5)]))
+        evaluate(model, chosen, trials({"think": METHODS["think"]}, [Budget(0.5)]))
 
 
 @pytest.mark.model
@@ -228,7 +230,7 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
 
     text.write_text("\n\n".join(topics[name] for name in sorted(topics))[:40_000], encoding="utf-8")
     folder = tmp_path / "out"
-    arguments = ("evaluate", "smollm2-135m", "--text", text, "--prefix", 200, "--scored", 40, "--documents", 3)
+    arguments = ("evaluate", "smollm2-135m", "--text", text, "--length", 200, "--scored", 40, "--prompts", 3)
     policies = ("--method", "think", "--method", "grace-opt", "--ratio", 0.6, "--value-ratio", 0.2)
     needles = ("--needle-length", 150, "--needle-depth", 0.5)
     result = cli(*arguments, *policies, *needles, "-o", folder, "-f", "json")
@@ -245,11 +247,10 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
 
 def test_how_generated_tokens_are_held_can_be_asked_for_and_masks_of_other_models_are_refused() -> None:
     model, tokenizer = tiny_model("Llama"), ByteTokenizer()
-    chosen, _ = prompts(model, tokenizer, [Document("a", "words " * 99)], PREFIX, SCORED, 1)
-    packed = trials({"grace-opt": method("grace-opt", {**SMALL, "key_bits": 4})}, [Budget(0.5)])
-    kl = [
-        evaluate(model, tokenizer, chosen, packed, generated=each)[0]["kl"]["mean"] for each in (None, "keep", "prune")
-    ]
+    chosen = prompts(model, tokenizer, [Document("a", "words " * 99)], PREFIX, SCORED, 1)
+    packed = {"grace-opt": method("grace-opt", {**SMALL, "key_bits": 4})}
+    asked: tuple[Any, ...] = (None, "keep", "prune")
+    kl = [evaluate(model, chosen, trials(packed, [Budget(0.5)], each))[0]["kl"]["mean"] for each in asked]
     assert kl[0] == kl[1] < kl[2]
     other = KVMask.of_channels(
         "m", 4, 16, {0: tuple(np.arange(8, dtype=np.int32) for _ in range(4))}, recent_window=8, sinks=2
@@ -257,10 +258,10 @@ def test_how_generated_tokens_are_held_can_be_asked_for_and_masks_of_other_model
     with pytest.raises(
         InputError, match="the mask has 4 KV heads of 16 key channels in layer 0, the model has 2 of 16"
     ):
-        evaluate(model, tokenizer, chosen, [mask_trial("other", other)])
+        evaluate(model, chosen, [mask_trial("other", other)])
     half = KVMask.of_channels(
         "m", 2, 16, {0: tuple(np.arange(8, dtype=np.int32) for _ in range(2))}, recent_window=8, sinks=2
     )
-    record = evaluate(model, tokenizer, chosen, [mask_trial("half", half)])[0]
+    record = evaluate(model, chosen, [mask_trial("half", half)])[0]
     assert record["kept"] == {"key": [[8.0, 8.0], [16.0, 16.0]], "value": None}
     assert (record["options"]["recent_window"], record["options"]["sinks"]) == (8, 2)

@@ -13,7 +13,7 @@ from grace_opt.compression.method import METHODS, Method, method, require_effect
 from grace_opt.compression.plan import Choice
 from grace_opt.evaluate.capture import Captured, capture
 from grace_opt.evaluate.replay import replay
-from grace_opt.evaluate.run import Trial
+from grace_opt.evaluate.trial import Trial
 from grace_opt.runtime.cache import cache_nbytes
 from tests.support.families import tiny_model
 

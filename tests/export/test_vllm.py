@@ -99,12 +99,13 @@ def test_the_folder_is_the_model_with_a_class_of_the_plugin_and_the_mask(
 
 def test_it_is_measured_with_prompts_computed_on_what_is_stored(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     from grace_opt.evaluate.documents import passages
-    from grace_opt.evaluate.run import evaluate, mask_trial
+    from grace_opt.evaluate.kl import evaluate
+    from grace_opt.evaluate.trial import mask_trial
 
     mask, (model, tokenizer) = tiny_mask(loaded[0]), loaded
     chosen = passages(SHORT["texts"], tokenizer, 40, 8, 1)
     measured = TARGETS["vllm"]().measure(Source(mask, model, tokenizer, "a/model", chosen))
-    whole = evaluate(model, tokenizer, chosen, [mask_trial("whole", mask)])[0]
+    whole = evaluate(model, chosen, [mask_trial("whole", mask)])[0]
     assert measured["kl"]["mean"] > 0
     assert abs(measured["kl"]["mean"] / whole["kl"]["mean"] - 1) > 1e-3
 

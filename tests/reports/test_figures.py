@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from grace_opt.errors import InputError
 from grace_opt.reports import figures
+from grace_opt.reports.drawing import COLOURS
 
 METHODS = ("think", "grace", "grace-opt")
 
@@ -30,7 +31,7 @@ def interval(mean: float, low: float | None = None, high: float | None = None) -
 
 
 def record(method: str = "grace", ratio: float = 0.5, kl: float = 0.1, **fields: Any) -> dict[str, Any]:
-    """A record of one document without needles, all heads whole, unless ``fields`` say otherwise."""
+    """A record of one document, all heads whole, unless ``fields`` say otherwise."""
     return {
         "method": method,
         "ratio": ratio,
@@ -40,14 +41,12 @@ def record(method: str = "grace", ratio: float = 0.5, kl: float = 0.1, **fields:
         "bytes_per_token": 1000 * (1 - ratio / 2),
         "full_bytes_per_token": 1000.0,
         "documents": 1,
-        "prefix": 512,
+        "length": 512,
         "scored": 128,
-        "bits": None,
         "kl_positions": [],
         "kept": {"key": None, "value": None},
         "layers": [0, 1, 2],
         "head_dim": 64,
-        "needles": [],
     } | fields
 
 
@@ -58,13 +57,8 @@ def bins(kl: float) -> list[dict[str, Any]]:
 def full(method: str, ratio: float, kl: float) -> dict[str, Any]:
     """A record of several documents with everything to draw."""
     kept = [[64 * (1 - ratio), 40.0], [30.0, 20.0], [10.0, 64.0]]
-    needles = [
-        {"length": length, "depth": depth, "found": i, "asked": 3}
-        for length in (512, 1024)
-        for i, depth in enumerate((0.0, 0.5, 1.0))
-    ]
     maps = {"key": kept, "value": kept}
-    several = record(method, ratio, kl, kl_positions=bins(kl), kept=maps, needles=needles, documents=6)
+    several = record(method, ratio, kl, kl_positions=bins(kl), kept=maps, documents=6)
     return several | {"kl": interval(kl, kl / 2, kl * 2)}
 
 
@@ -84,7 +78,7 @@ def lines(axes: Any) -> dict[str, Any]:
 def test_draw_writes_a_png_for_all_that_there_is(tmp_path: Path) -> None:
     paths = figures.draw(grid(), tmp_path / "new")
     kept = [f"kept-{name}-{ratio}.png" for ratio in ("0.75", "0.5") for name in METHODS]
-    assert [path.name for path in paths] == ["pareto.png", "positions.png", *kept, "needles.png"]
+    assert [path.name for path in paths] == ["pareto.png", "positions.png", *kept]
     assert sorted(paths) == sorted((tmp_path / "new").iterdir())  # and no temporary file
     for path in paths:
         content = path.read_bytes()
@@ -103,7 +97,7 @@ def test_names_are_safe_and_never_taken_twice(tmp_path: Path) -> None:
     heads = {"key": [[3.0]] * 3, "value": None}
     names = ["../a b", ".. a/b", "Grace", "grace", "é" * 300]
     records = [record(name, kept=heads) for name in names]
-    records += [record(kept=heads, value_ratio=0.25), record(kept=heads, bits=4)]
+    records += [record(kept=heads, value_ratio=0.25), record("grace+int4", kept=heads, budget_share=0.25)]
     paths = figures.draw(records, tmp_path)
     assert [path.name for path in paths[1:]] == [
         "kept-..-a-b-0.5.png",
@@ -112,7 +106,7 @@ def test_names_are_safe_and_never_taken_twice(tmp_path: Path) -> None:
         "kept-grace-0.5-2.png",
         "kept---0.5.png",
         "kept-grace-0.5-0.25.png",
-        "kept-grace-4-bits-0.5.png",
+        "kept-grace-int4-0.25-share.png",
     ]
     assert sorted(paths) == sorted(tmp_path.iterdir())
 
@@ -126,7 +120,7 @@ def test_pareto_draws_each_method_by_bytes_with_its_intervals() -> None:
     for i, name in enumerate(METHODS):
         np.testing.assert_allclose(drawn[name].get_xdata(), [62.5, 75.0])  # given the other way round
         np.testing.assert_allclose(drawn[name].get_ydata(), [0.75 / (i + 1), 0.5 / (i + 1)])
-        assert drawn[name].get_color() == figures.COLOURS[i]
+        assert drawn[name].get_color() == COLOURS[i]
     bars = [each for each in axes.collections if isinstance(each, LineCollection)]
     ends = np.array([segment[:, 1] for bar in bars for segment in bar.get_segments()])
     np.testing.assert_allclose(ends[:2], [[0.375, 1.5], [0.25, 1.0]])
@@ -138,7 +132,7 @@ def test_pareto_leaves_out_zeros_and_missing_intervals() -> None:
     records[3]["kl"] = interval(0.2, 0.0, 0.3)  # reaches below what a log axis can show
     (axes,) = saved(figures._pareto(records)).axes
     assert {name: list(line.get_ydata()) for name, line in lines(axes).items()} == {"grace": [0.1], "think": [0.2]}
-    assert lines(axes)["think"].get_color() == figures.COLOURS[2]  # svd's colour is not passed on
+    assert lines(axes)["think"].get_color() == COLOURS[2]  # svd's colour is not passed on
     assert axes.get_ylim()[0] > 0
     assert axes.get_title() == "left out for a KL of 0: 2 of 4 points"
     assert sum(len(bar.get_segments()) for bar in axes.collections) == 1
@@ -158,11 +152,6 @@ def test_a_log_axis_of_any_extent_has_a_few_plain_numbers(low: float, high: floa
     assert len(set(values)) == len(values)
 
 
-def test_stored_bits_are_another_line() -> None:
-    (axes,) = figures._pareto([record(), record(bits=4)]).axes
-    assert list(lines(axes)) == ["grace", "grace, 4 bits"]
-
-
 def test_positions_have_a_panel_a_ratio_and_a_line_a_method() -> None:
     panels = saved(figures._positions(grid())).axes
     assert [axes.get_title() for axes in panels] == ["ratio 0.5", "ratio 0.75"]
@@ -173,8 +162,8 @@ def test_positions_have_a_panel_a_ratio_and_a_line_a_method() -> None:
         for i, line in enumerate(axes.get_lines()):
             np.testing.assert_allclose(line.get_xdata(), [15.5, 47.5, 79.5, 111.5])
             np.testing.assert_allclose(line.get_ydata(), ratio / (i + 1) * np.arange(1, 5))
-            assert line.get_color() == figures.COLOURS[i]
-            assert to_hex(axes.collections[i].get_facecolor()[0]).upper() == figures.COLOURS[i]
+            assert line.get_color() == COLOURS[i]
+            assert to_hex(axes.collections[i].get_facecolor()[0]).upper() == COLOURS[i]
             heights = axes.collections[i].get_paths()[0].vertices[:, 1]
             np.testing.assert_allclose([heights.min(), heights.max()], [ratio / (i + 1), 6 * ratio / (i + 1)])
 
@@ -198,12 +187,8 @@ def test_positions_stand_zeros_missing_intervals_and_many_ratios() -> None:
 def test_a_budget_in_bytes_takes_the_place_of_the_ratios(tmp_path: Path) -> None:
     sizes = (9216.0, 4608.0)
     records = [full("grace", 0.0, 0.1) | {"budget_bytes": size} for size in sizes]
-    del records[0]["bits"]  # as where there are no integers
     names = ["9216 bytes a token", "4608 bytes a token"]
     assert [axes.get_title() for axes in saved(figures._positions(records)).axes] == names[::-1]
-    assert [axes.get_title() for axes in saved(figures._needle_maps(records)).axes[:2]] == [
-        f"grace\n{name}" for name in names[::-1]
-    ]
     assert figures._kept_maps(records[0]).get_suptitle() == f"grace, {names[0]}"
     paths = figures.draw(records, tmp_path)
     assert [path.name for path in paths[2:4]] == ["kept-grace-9216-bytes.png", "kept-grace-4608-bytes.png"]
@@ -223,23 +208,3 @@ def test_kept_maps_show_layers_by_heads_on_a_scale_of_all_channels() -> None:
     assert len(saved(figures._kept_maps(record(kept=kept | {"key": None}))).axes) == 2  # values alone and their bar
     with pytest.raises(InputError, match="grace keeps keys and values whole"):
         figures._kept_maps(record())
-
-
-def test_needle_maps_show_found_of_asked_by_length_and_depth() -> None:
-    figure = saved(figures._needle_maps([*grid(), record("svd")]))
-    panels = figure.axes[:-1]  # the last is the colour bar
-    assert [axes.get_title() for axes in panels] == [f"{n}\nratio {r}" for n in METHODS for r in (0.5, 0.75)]
-    for axes in panels:
-        np.testing.assert_allclose(axes.images[0].get_array(), np.repeat([[0], [1 / 3], [2 / 3]], 2, axis=1))
-        assert [text.get_text() for text in axes.texts] == ["0/3", "0/3", "1/3", "1/3", "2/3", "2/3"]
-    assert [label.get_text() for label in panels[-1].get_xticklabels()] == ["512", "1024"]
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["0%", "50%", "100%"]
-
-
-def test_needle_maps_leave_cells_that_were_not_asked_empty() -> None:
-    asked = [(512, 0.0, 1, 2), (512, 0.0, 0, 2), (1024, 1.0, 3, 3), (1024, 0.0, 0, 0)]
-    needles = [dict(zip(("length", "depth", "found", "asked"), each, strict=True)) for each in asked]
-    axes, _ = saved(figures._needle_maps([record(needles=needles)])).axes
-    assert [(text.get_position(), text.get_text()) for text in axes.texts] == [((0, 0), "1/4"), ((1, 1), "3/3")]
-    with pytest.raises(InputError, match="needles"):
-        figures._needle_maps([record()])

@@ -21,7 +21,7 @@ FLOORS = (
     ("compare", "evaluate"),
     ("runtime", "reports"),
     ("compression",),
-    ("graphs", "solve"),
+    ("graphs", "solve", "records_file"),
     ("engines", "registry", "models", "records", "greedy"),
     ("solution",),
     ("problem",),

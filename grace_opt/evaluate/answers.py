@@ -1,0 +1,239 @@
+"""Tasks' questions, answered from compressed caches: one prefill a prompt for all trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from grace_opt.errors import InputError
+from grace_opt.evaluate.capture import Captured, capture, dense, extended
+from grace_opt.evaluate.measurements import Measurements, key_of
+from grace_opt.evaluate.replay import greedy_tokens
+from grace_opt.evaluate.statistics import Interval, bootstrap_mean, interval_record, paired, rate
+from grace_opt.evaluate.tasks.base import PROTOCOLS, Family, Prompt, Question, Rendered, rendered
+from grace_opt.evaluate.trial import Trial
+from grace_opt.models.config import config_sha256, text_config
+from grace_opt.runtime.cache import cache_nbytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Record = dict[str, Any]
+SOLVED = 0.6  #: score of the uncompressed cache from which on a task tells methods apart
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a prompt, under a protocol, as token ids."""
+
+    family: Family
+    prompt: Prompt
+    number: int  #: of the question
+    ids: Rendered
+
+    @property
+    def question(self) -> Question:
+        return self.prompt.questions[self.number]
+
+
+def asked(family: Family, prompts: Sequence[Prompt], tokenizer: Any, chat: bool) -> list[Asked]:
+    """Every question of every prompt under every protocol, those of one compressed context side by side."""
+    return [
+        Asked(family, prompt, number, rendered(prompt, question, protocol, tokenizer, chat))
+        for prompt in prompts
+        for protocol in PROTOCOLS
+        for number, question in enumerate(prompt.questions)
+    ]
+
+
+def require_context(model: PreTrainedModel, lengths: Sequence[int]) -> None:
+    """Raise InputError for prompts longer than the model's context; generated tokens are within their length."""
+    context = getattr(text_config(model.config), "max_position_embeddings", None)
+    if context is not None and max(lengths, default=0) > context:
+        raise InputError(f"{max(lengths)} tokens are more than the model's context of {context}; make them shorter")
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    questions: Sequence[Asked],
+    trials: Sequence[Trial],
+    *,
+    measurements: Measurements | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Record]:
+    """The answers to every question: by the uncompressed cache (method ``full``), and by every trial's.
+
+    A prompt's context is run once, uncompressed, as prefill does, and of each question what its protocol compresses
+    with it. Each trial's real cache is built from that, what follows is read on it, and the answer decoded greedily:
+    until the model ends it, the question's ``new_tokens`` are there, or more of them cannot change its score. A
+    question that is wholly known to ``measurements`` is not run; ``progress`` is called after each answer. Raises
+    InputError for a budget or a prompt that a method cannot do.
+    """
+    known = measurements or Measurements()
+    ends = _ends(model)
+    identity = (str(model.config.name_or_path), config_sha256(model.config))
+    queries = max((trial.queries for trial in trials), default=1)
+    found: list[Record] = []
+    for _, same in groupby(questions, key=lambda each: id(each.prompt)):
+        of_prompt = list(same)
+        context = min((each.ids.compressed for each in of_prompt), key=len)  # with which all of them begin
+        read: Captured | None = None
+        for each in of_prompt:
+            here = (each.ids.compressed, each.ids.following, each.question.answers, each.question.new_tokens)
+            named = (*identity, each.prompt.task, *here)
+            # The uncompressed cache does not depend on what was to be compressed.
+            whole = (*identity, each.prompt.task, here[0] + here[1], here[2:])
+            keys = [key_of("full", *whole), *(key_of(*named, trial.digest()) for trial in trials)]
+            captured: Captured | None = None
+            if not known.has(keys):
+                read = read or capture(model, context, len(context), queries)
+                rest = each.ids.compressed[len(context) :]
+                captured = extended(read, rest) if rest else read
+            for key, trial in zip(keys, (None, *trials), strict=True):
+                measured = known.once(key, partial(_answered, captured, tokenizer, each, trial, ends))
+                found.append({**measured, "protocol": each.ids.protocol})
+                progress()
+    return found
+
+
+def _answered(captured: Captured | None, tokenizer: Any, asked: Asked, trial: Trial | None, ends: set[int]) -> Record:
+    """One answer, scored."""
+    assert captured is not None
+
+    def read(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def score(text: str) -> float:
+        return asked.family.score(asked.prompt.task, asked.question, text)
+
+    def over(tokens: list[int]) -> bool:
+        return tokens[-1] in ends or (asked.family.grows and score(read(tokens)) == 1)
+
+    following = torch.tensor([asked.ids.following], device=captured.ids.device)
+    full = cache_nbytes(captured.past)
+    if trial is None:
+        held = full
+        tokens = greedy_tokens(captured.model, dense(captured), following, asked.question.new_tokens, over)
+    else:
+        with torch.inference_mode(), trial.cache(captured, trial.plan(captured)) as past:
+            held = cache_nbytes(past)
+            tokens = greedy_tokens(captured.model, past, following, asked.question.new_tokens, over)
+    text = read(tokens)
+    return {
+        "task": asked.prompt.task,
+        "family": asked.family.name,
+        "length": asked.prompt.length,
+        "number": asked.prompt.number,
+        "question": asked.number,
+        "place": dict(asked.prompt.place),
+        **(FULL if trial is None else trial.asked()),
+        "answer": text,
+        "answers": list(asked.question.answers),
+        "score": score(text),
+        "tokens": captured.prefix,
+        "bytes": held,
+        "full_bytes": full,
+    }
+
+
+FULL: Record = {
+    "method": "full",
+    "options": {},
+    "ratio": 0.0,
+    "value_ratio": 0.0,
+    "budget_bytes": None,
+    "budget_share": None,
+    "generated": "keep",
+}
+
+
+def _ends(model: PreTrainedModel) -> set[int]:
+    """The tokens with which the model ends an answer."""
+    found: set[int] = set()
+    for config in (getattr(model, "generation_config", None), model.config):
+        told = getattr(config, "eos_token_id", None)
+        found |= {told} if isinstance(told, int) else set(told or ())
+    return found
+
+
+def records(measured: Sequence[Record], trials: Sequence[Trial], *, seed: int = 0) -> list[Record]:
+    """One record for each task, length, protocol and trial, the uncompressed cache first, and for each family's mean.
+
+    ``measured``: from `measure`, with the same trials. The fields are those of `grace_opt.records.TaskRecord`. A prompt
+    is one observation: the mean of its questions' scores; a family's is the mean over the tasks that are solved.
+    """
+    each = 1 + len(trials)
+    by_place: dict[tuple[str, str, int, str], list[list[Record]]] = {}
+    for at, record in enumerate(measured):
+        place = (record["family"], record["task"], record["length"], record["protocol"])
+        by_place.setdefault(place, [[] for _ in range(each)])[at % each].append(record)
+    budgets = [None, *(trial.budget for trial in trials)]
+    found = [
+        record for (_, task, *_), rows in by_place.items() for record in _task_records(task, [rows], budgets, seed)
+    ]
+    places = sorted({(family, length, protocol) for family, _, length, protocol in by_place}, key=str)
+    for family, length, protocol in places:
+        tasks = {
+            task: rows
+            for (of, task, long, how), rows in by_place.items()
+            if (of, long, how) == (family, length, protocol) and _mean(rows[0]) >= SOLVED
+        }
+        if len(tasks) > 1:
+            found += _task_records(family, list(tasks.values()), budgets, seed)
+    return found
+
+
+def _task_records(
+    name: str, tasks: Sequence[list[list[Record]]], budgets: Sequence[Any], seed: int
+) -> Iterator[Record]:
+    """Records of the mean over tasks; ``tasks``: of each task, each trial's measurements."""
+    scores = [np.mean([list(_by_prompt(rows[at])) for rows in tasks], axis=0) for at in range(len(budgets))]
+    for at, of_trial in enumerate(zip(*tasks, strict=True)):
+        flat = [record for rows in of_trial for record in rows]
+        first = next(i for i, budget in enumerate(budgets) if budget == budgets[at])
+        yield {
+            **{field: flat[0][field] for field in (*FULL, "length", "protocol")},
+            "task": name,
+            "tasks": [rows[0]["task"] for rows in of_trial],
+            "prompts": len(scores[at]),
+            "score": interval_record(_interval(scores[at], seed)),
+            "full_score": float(scores[0].mean()),
+            "solved": bool(scores[0].mean() >= SOLVED),
+            "bytes_per_token": float(np.mean([record["bytes"] / record["tokens"] for record in flat])),
+            "full_bytes_per_token": float(np.mean([record["full_bytes"] / record["tokens"] for record in flat])),
+            "against_full": None if at == 0 else paired(scores[at], scores[0], seed=seed).p_value,
+            "against_first": None if at == first else paired(scores[at], scores[first], seed=seed).p_value,
+            "places": list(_places(flat)),
+        }
+
+
+def _by_prompt(measured: Sequence[Record]) -> Iterator[float]:
+    """The mean score of each prompt's questions; those of one prompt are side by side."""
+    for _, of_prompt in groupby(measured, key=lambda record: record["number"]):
+        yield _mean(list(of_prompt))
+
+
+def _mean(measured: Sequence[Record]) -> float:
+    return float(np.mean([record["score"] for record in measured]))
+
+
+def _interval(scores: np.ndarray, seed: int) -> Interval:
+    """Of answers that are right or wrong, Wilson's; of others by resampling the prompts."""
+    if np.isin(scores, (0, 1)).all():
+        return rate(scores == 1)
+    return bootstrap_mean(scores, seed=seed)
+
+
+def _places(measured: Sequence[Record]) -> Iterator[Record]:
+    """Mean scores by place, where the prompts have one."""
+    placed = sorted((record for record in measured if record["place"]), key=lambda record: str(record["place"]))
+    for _, same in groupby(placed, key=lambda record: str(record["place"])):
+        rows = list(same)
+        yield {**rows[0]["place"], "score": _mean(rows), "asked": len(rows)}
