@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from grace_opt.cli.budgets import BudgetOptions
 from grace_opt.cli.config import named_options
 from grace_opt.cli.options import (
-    BudgetOptions,
     EngineOptions,
     LimitOptions,
     MethodOptions,

@@ -34,7 +34,8 @@ TABLES: dict[str, tuple[str, ...]] = {
         "protection_at_most",
     ),
     "method": (
-        *("ratio", "value_ratio", "budget_bytes", "budget_share", "budget", "floor", "align", "readout", "protect"),
+        *("ratio", "value_ratio", "budget_bytes", "budget_share", "budget_tokens", "budget", "floor", "align"),
+        *("target", "readout", "protect"),
         *("method", "method_option", "key_bits", "value_bits"),
     ),
     "evaluation": (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from grace_opt.cli.budgets import BudgetSharesOption
 from grace_opt.cli.config import named_options
 from grace_opt.cli.options import ModelArgument, ModelOptions, SeedOption, Talk, option
 from grace_opt.cli.output import Format, print_records
@@ -38,13 +39,7 @@ def evaluate(
         list[float] | None,
         option("--budget-bytes", help="Bytes of keys and values an old token may take, in all layers; repeatable."),
     ] = None,
-    budget_share: Annotated[
-        list[float] | None,
-        option(
-            "--budget-share",
-            help="Bytes held, all counted, as a share of the uncompressed cache, in (0, 1]; repeatable.",
-        ),
-    ] = None,
+    budget_share: BudgetSharesOption = None,
     mask: Annotated[
         list[Path] | None, typer.Option("--mask", help="Mask folder, from grace-opt solve; repeatable.")
     ] = None,

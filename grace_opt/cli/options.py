@@ -124,39 +124,6 @@ class Talk:
 
 
 @dataclasses.dataclass(frozen=True)
-class BudgetOptions:
-    """How much may stay of the cache: any number of budgets."""
-
-    ratio: Annotated[
-        list[float] | None,
-        option("--ratio", help="Fraction of the channels to prune, of each or of the average head; repeatable."),
-    ] = None
-    value_ratio: Annotated[
-        float | None, option("--value-ratio", help="The same for values, if the bundle has their graphs; as --ratio.")
-    ] = None
-    budget_bytes: Annotated[
-        list[float] | None,
-        option(
-            "--budget-bytes",
-            help="Bytes that an old token's keys and values may take in all layers, at 16 bits; repeatable.",
-        ),
-    ] = None
-
-    def budgets(self) -> list[float | Budget]:
-        """All of them; a number is a ratio of keys and values alike. Raises InputError if there is none."""
-        from grace_opt.compression.budget import Budget
-
-        ratios, value_ratio = self.ratio or [], self.value_ratio
-        if not ratios and not self.budget_bytes:
-            raise InputError("give --ratio or --budget-bytes")
-        if not ratios and value_ratio is not None:
-            raise InputError("--value-ratio goes with --ratio; --budget-bytes shares its bytes between keys and values")
-        checked = [Budget(ratio, ratio if value_ratio is None else value_ratio) for ratio in ratios]
-        in_bytes = [Budget(bytes_per_token=most) for most in self.budget_bytes or []]
-        return [*(ratios if value_ratio is None else checked), *in_bytes]
-
-
-@dataclasses.dataclass(frozen=True)
 class MethodOptions:
     """By which method the channels of a bundle are chosen; the single options override what it says."""
 

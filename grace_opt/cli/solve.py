@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from grace_opt.cli.budgets import BudgetOption
 from grace_opt.cli.config import own_options
 from grace_opt.cli.options import (
     BundleArgument,
@@ -23,6 +24,7 @@ from grace_opt.cli.output import Format, cell, print_records, say
 from grace_opt.cli.progress import progress
 from grace_opt.cli.provenance import explain, write_run
 from grace_opt.errors import InputError
+from grace_opt.heads import KINDS
 
 MOST_WARNINGS = 5
 
@@ -39,18 +41,10 @@ def solve(
     bundle: BundleArgument,
     output: OutputFolder,
     *,
-    ratio: Annotated[
-        float | None, option("--ratio", help="Fraction of the channels to prune, of each or of the average head.")
-    ] = None,
-    value_ratio: Annotated[
-        float | None, option("--value-ratio", help="The same for values, if the bundle has their graphs; as --ratio.")
-    ] = None,
-    budget_bytes: Annotated[
-        float | None,
-        option(
-            "--budget-bytes",
-            help="In place of ratios: bytes that an old token's keys and values may take in all layers, at 16 bits.",
-        ),
+    much: BudgetOption,
+    target: Annotated[
+        str | None,
+        option("--target", help="Solve for what this runs, from grace-opt targets; given options must agree with it."),
     ] = None,
     choice: MethodOptions,
     readout: Annotated[
@@ -79,15 +73,13 @@ def solve(
     from grace_opt.solution import ignored_limits
     from grace_opt.solve import solve_many
 
-    asked = _budget(ratio, value_ratio, budget_bytes)
     _require_place(isolate, where)
     given = choice.given(offline_solver=solver, recent_window=recent_window, sinks=sinks)
-    method = choice.made(given, [asked])
-    _require_readout(readout, method, choice.method)
+    method, asked, wanted = _wanted(target, much, choice, given, readout, talk)
     name = method.selection.offline_solver
     chosen = create(name, own_options("--solver-option", solver_option or [], name))
     graphs = load_bundle(bundle)
-    if value_ratio and all(head.kind == "key" for head in graphs.heads):
+    if much.value_ratio and all(head.kind == "key" for head in graphs.heads):
         raise InputError(f"{bundle} has no graphs of values for --value-ratio; calibrate with --value-objective")
     check_writable(output / "kv_mask.json")
     talk.warn(ignored_limits(chosen, ending.limits()))  # before the work, which may be long for lack of a limit
@@ -100,7 +92,7 @@ def solve(
 
     with progress(talk.quiet) as show:
         show("budgets of the heads")
-        problems = problems_of(graphs, method, asked)
+        problems = problems_of(graphs, method, asked, **wanted)
         show(f"{name}, heads", 0, len(problems))
 
         def note(solution: Solution) -> None:
@@ -127,8 +119,7 @@ def solve(
             raise
     from grace_opt.compression.mask_file import save_mask  # late: it loads torch
 
-    windows = {name: getattr(method.windows, name) for name in ("recent_window", "sinks") if name in given}
-    mask = mask_from_solutions(graphs, solutions, method, readout_scope=readout or "prefill", **windows)
+    mask = mask_from_solutions(graphs, solutions, method, **wanted)
     records = write_records(solutions)  # not before there is a mask: what the folder holds belongs together
     save_mask(mask, output)
     _print(records, talk)
@@ -162,16 +153,32 @@ def _print(records: list[dict[str, Any]], talk: Talk) -> None:
         print_records(by_layer(records), talk.format)
 
 
-def _budget(ratio: float | None, value_ratio: float | None, budget_bytes: float | None) -> Budget:
-    from grace_opt.compression.budget import Budget
+def _wanted(
+    target: str | None,
+    much: BudgetOption,
+    choice: MethodOptions,
+    given: dict[str, Any],
+    readout: str | None,
+    talk: Talk,
+) -> tuple[Method, Budget, dict[str, Any]]:
+    """The method, the budget, and what else the mask is made by; all as the target runs it where nothing was said."""
+    from grace_opt.export.abilities import Abilities, Needs
+    from grace_opt.export.target import TARGETS, require_able
 
-    if (ratio is None) == (budget_bytes is None):
-        raise InputError("give either --ratio or --budget-bytes")
-    if ratio is not None:
-        return Budget(ratio, ratio if value_ratio is None else value_ratio)
-    if value_ratio is not None:
-        raise InputError("--value-ratio goes with --ratio; --budget-bytes shares its bytes between keys and values")
-    return Budget(bytes_per_token=budget_bytes)
+    can = Abilities() if target is None else TARGETS[target].can
+    asked = much.budget(can.kinds)
+    taken = {name: value for name, value in can.method_options().items() if name not in given}
+    method = choice.made(given | taken, [asked])
+    _require_readout(readout, method, choice.method)
+    scope = readout or (can.readouts[0] if method.readout.readout_fit != "none" else "none")
+    names = [name for name in ("recent_window", "sinks") if name in given or name in taken]
+    whole: dict[str, Any] = {name: getattr(method.windows, name) for name in names}
+    if target is not None:
+        kinds = [kind for kind in KINDS if asked.prunes(kind) or method.bits(kind)]
+        require_able(target, Needs.of_method(method, kinds, scope, whole_tokens=any(whole.values())))
+        said = {**({} if readout else {"readout": scope}), **taken}
+        talk.say(f"for {target}: {', '.join(f'{name}={value}' for name, value in said.items())}")
+    return method, asked, {"readout_scope": scope, **whole}
 
 
 def _require_place(isolate: bool, where: EngineOptions) -> None:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from grace_opt.cli.budgets import BudgetOptions
 from grace_opt.cli.config import named_options
 from grace_opt.cli.options import (
-    BudgetOptions,
     BundleArgument,
     LimitOptions,
     MethodOptions,

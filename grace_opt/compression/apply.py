@@ -177,7 +177,7 @@ def _kept_channels(
     problems: dict[Kind, list[SubsetProblem]] = {}
     measured = selects or method.sharing.budget == "shared"
     for kind in KINDS:
-        if budget.bytes_per_token is not None or budget.of(kind) > 0 or method.bits(kind):
+        if budget.prunes(kind) or method.bits(kind):
             make = _problems if measured else _sizes
             problems[kind] = [problem for i, each in layers.items() for problem in make(method, i, each, kind)]
     seen = next(iter(layers.values()))

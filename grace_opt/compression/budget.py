@@ -15,7 +15,7 @@ import numpy as np
 
 from grace_opt.errors import InputError
 from grace_opt.greedy import forward
-from grace_opt.heads import HeadName, Kind
+from grace_opt.heads import KINDS, HeadName, Kind
 from grace_opt.problem import FloatArray, SubsetProblem, prune_count
 
 
@@ -27,14 +27,18 @@ class Budget:
         ratio, value_ratio: fraction of the key (value) channels to prune, of each head or of the average head.
         bytes_per_token: in place of the ratios: what an old token may take in all compressed layers together, in keys
             and values (with its share of the integers' scales; whole tokens and read-outs come on top).
-        share: in place of the others, for a prompt: what its compressed layers may hold after it, windows, scales,
-            positions and read-outs counted, as a share of what they hold uncompressed.
+        share: in place of the others: what the compressed layers may hold after a prompt, windows, scales, positions
+            and read-outs counted, as a share of what they hold uncompressed.
+        tokens: of that prompt, where there is none.
+        kinds: what may be pruned, in bytes or a share.
     """
 
     ratio: float = 0.0
     value_ratio: float = 0.0
     bytes_per_token: float | None = None
     share: float | None = None
+    tokens: int = 8192
+    kinds: tuple[Kind, ...] = KINDS
 
     def __post_init__(self) -> None:
         for name, each in (("ratio", self.ratio), ("value ratio", self.value_ratio)):
@@ -44,17 +48,22 @@ class Budget:
             raise InputError(f"the budget in bytes must be positive, got {self.bytes_per_token}")
         if self.share is not None and not 0 < self.share <= 1:
             raise InputError(f"the share of the bytes must be above 0 and at most 1, got {self.share}")
+        if not 0 < self.tokens < 2**31:
+            raise InputError(f"a prompt must have from 1 to {2**31 - 1} tokens to take a share of, got {self.tokens}")
 
     def of(self, kind: Kind) -> float:
         """The ratio for keys or for values."""
         return self.ratio if kind == "key" else self.value_ratio
 
+    def prunes(self, kind: Kind) -> bool:
+        """Whether keys (or values) may be pruned."""
+        in_bytes = self.bytes_per_token is not None or self.share is not None
+        return kind in self.kinds if in_bytes else self.of(kind) > 0
+
     def require_no_share(self, what: str) -> None:
         """Raise InputError if this is a share: ``what`` is made before there is a prompt to take a share of."""
         if self.share is not None:
-            raise InputError(
-                f"a share counts what a prompt's cache holds, and {what} is made without one; give ratios or bytes"
-            )
+            raise InputError(f"a share counts what a prompt's cache holds, and {what} is made without one; give ratios")
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def allot(
     a token with nothing pruned, for a budget in bytes. Raises InputError for a budget that floors or protection do not
     allow, or a share.
     """
-    budget.require_no_share("a selection for a bundle")
+    budget.require_no_share("an allotment")
     units = {kind: math.lcm(sharing.align, _tied(heads)) for kind, heads in problems.items()}
     if sharing.budget == "uniform":
         if budget.bytes_per_token is None:

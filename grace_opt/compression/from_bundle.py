@@ -7,13 +7,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from grace_opt.compression import method as methods
-from grace_opt.compression.budget import Budget, allot, bytes_per_channel
-from grace_opt.compression.method import METHODS, Method
+from grace_opt.compression.budget import Budget, allot, bytes_per_channel, within_share
+from grace_opt.compression.method import METHODS, Method, Windows
 from grace_opt.compression.plugins import CODECS
-from grace_opt.compression.readout import READOUT_SCOPES, bundle_moments, fit
+from grace_opt.compression.readout import READOUT_SCOPES, ReadoutRecipe, bundle_moments, fit
 from grace_opt.errors import InputError
-from grace_opt.graphs.bundle import GraphBundle
+from grace_opt.graphs.bundle import GraphBundle, HeadGraph
 from grace_opt.heads import KINDS, Kind
 from grace_opt.problem import SubsetProblem
 from grace_opt.solution import Solution
@@ -21,9 +23,10 @@ from grace_opt.solution import Solution
 if TYPE_CHECKING:  # torch is loaded for masks only: problems are made without it
     from grace_opt.compression.codec import Codec
     from grace_opt.compression.mask import KVMask
-    from grace_opt.compression.plan import CachePlan
+    from grace_opt.compression.plan import CachePlan, LayerPlan
 
 
+ITEMSIZE = 2  #: bytes of a number in the caches that budgets in bytes are of
 #: options of methods that only a prompt has a use for
 OF_PROMPTS = ("objective", "value_objective", "prunable_only", "solver", "tokens", "token_options", "token_share")
 
@@ -37,11 +40,20 @@ def require_effect(method: Method, given: Collection[str], budgets: Sequence[Bud
     methods.require_effect(method, given, budgets)
 
 
-def problems_of(bundle: GraphBundle, method: Method, budget: Budget) -> list[SubsetProblem]:
+def problems_of(
+    bundle: GraphBundle,
+    method: Method,
+    budget: Budget,
+    *,
+    readout_scope: str = "none",
+    recent_window: int | None = None,
+    sinks: int | None = None,
+) -> list[SubsetProblem]:
     """A problem for each head of a bundle, in its order, that prunes what the budget allots to it.
 
     The method's protection says whether the bundle's protected channels are kept. A budget in bytes is of a cache of
-    16-bit numbers. Raises InputError as `allot` does, if a ratio prunes more than is prunable, and for a method that
+    16-bit numbers. A share counts what `mask_from_solutions` makes whole for the other arguments. Raises InputError as
+    `allot` does, for a share that cannot be reached, if a ratio prunes more than is prunable, and for a method that
     selects no channels.
     """
     if method.codec != "channels" and not CODECS[method.codec].selects:
@@ -50,25 +62,113 @@ def problems_of(bundle: GraphBundle, method: Method, budget: Budget) -> list[Sub
             "grace-opt evaluate, or grace-opt generate --method"
         )
     plain = bundle.problems(0.0, protect=method.selection.protection is not None)
+    measured = {head.kind for head in bundle.heads}
+    if not any(budget.prunes(kind) for kind in measured) and any(budget.prunes(kind) for kind in KINDS):
+        raise InputError("the bundle has no graphs of what is to be pruned; calibrate with --value-objective output")
+    if budget.share is None:
+        return _problems(bundle, method, budget, plain)
+    from grace_opt.compression.codec import Whole
+    from grace_opt.compression.pays import held_bytes
+
+    windows, recipe = _windows(bundle, method, recent_window, sinks), _recipe(method, readout_scope)
+    shapes, layers = _shapes(bundle), {head.layer for head in bundle.heads}
+    asked = replace(budget, share=None)
+
+    def held(tried: Budget) -> float:
+        problems = _problems(bundle, method, replace(asked, bytes_per_token=tried.bytes_per_token), plain)
+        widths = [(head, problem.n - problem.prune) for head, problem in zip(bundle.heads, problems, strict=True)]
+        total = 0.0
+        for plan in _sized_plans(widths, method, windows, recipe, static=readout_scope == "static"):
+            codecs = {kind: plan.codecs.get(kind) or [Whole(n)] * heads for kind, (heads, n) in shapes.items()}
+            total += held_bytes(plan, codecs, budget.tokens, ITEMSIZE)
+        return total
+
+    full = budget.tokens * len(layers) * ITEMSIZE * sum(map(math.prod, shapes.values()))
+    tried = within_share(budget.share, held, _whole(bundle, method), full)
+    return _problems(bundle, method, replace(asked, bytes_per_token=tried.bytes_per_token), plain)
+
+
+def _problems(
+    bundle: GraphBundle, method: Method, budget: Budget, plain: Sequence[SubsetProblem]
+) -> list[SubsetProblem]:
+    """`problems_of` of a budget that is no share, from the problems with nothing to prune."""
     problems: dict[Kind, list[SubsetProblem]] = {}
     for head, problem in zip(bundle.heads, plain, strict=True):
-        problems.setdefault(head.kind, []).append(problem)
-    _, kv_heads = bundle.geometry()
+        if budget.bytes_per_token is None or budget.prunes(head.kind):
+            problems.setdefault(head.kind, []).append(problem)
+    kv_heads = _shapes(bundle)["key"][0]
     group = max(1, bundle.integer("num_attention_heads", kv_heads) // kv_heads)
-    dims = {"key": bundle.integer("head_dim", plain[0].n)}
-    dims["value"] = bundle.integer("value_head_dim", dims["key"])
-    layers = len({head.layer for head in bundle.heads})
-    costs: dict[Kind, float] = {kind: bytes_per_channel(method.bits(kind), 2) for kind in KINDS}
     prunes = allot(
         problems,
         budget,
         method.sharing,
         queries=group * bundle.integer("observation_window", 32, least=1),
-        costs=costs,
-        whole=layers * kv_heads * sum(costs[kind] * dims[kind] for kind in KINDS),
+        costs=_costs(method),
+        whole=_whole(bundle, method),
     )
     left = {kind: iter(each) for kind, each in prunes.items()}
-    return [replace(problem, prune=next(left[head.kind])) for head, problem in zip(bundle.heads, plain, strict=True)]
+    return [
+        replace(problem, prune=next(left[head.kind])) if head.kind in left else problem
+        for head, problem in zip(bundle.heads, plain, strict=True)
+    ]
+
+
+def _costs(method: Method) -> dict[Kind, float]:
+    """Bytes of one channel of an old token."""
+    return {kind: bytes_per_channel(method.bits(kind), ITEMSIZE) for kind in KINDS}
+
+
+def _whole(bundle: GraphBundle, method: Method) -> float:
+    """Bytes of an old token with nothing pruned, in all layers."""
+    costs, shapes = _costs(method), _shapes(bundle)
+    return len({head.layer for head in bundle.heads}) * sum(costs[kind] * math.prod(shapes[kind]) for kind in KINDS)
+
+
+def _shapes(bundle: GraphBundle) -> dict[Kind, tuple[int, int]]:
+    """KV heads, and channels of a whole key and of a whole value."""
+    _, heads = bundle.geometry()
+    n = bundle.integer("head_dim", len(bundle.heads[0].weights))
+    return {"key": (heads, n), "value": (heads, bundle.integer("value_head_dim", n))}
+
+
+def _sized_plans(
+    widths: Sequence[tuple[HeadGraph, int]],
+    method: Method,
+    windows: Windows,
+    recipe: ReadoutRecipe | None,
+    *,
+    static: bool,
+) -> list[LayerPlan]:
+    """Plans that hold as many bytes as those of masks whose heads keep so many channels."""
+    from grace_opt.compression.channels import Channels
+    from grace_opt.compression.integers import as_integers
+    from grace_opt.compression.plan import LayerPlan
+
+    codecs: dict[int, dict[Kind, list[Codec]]] = {}
+    for head, width in widths:
+        n = len(head.weights)
+        zeros = (np.zeros((n - width, width)), np.zeros(n - width)) if static and recipe is not None else ()
+        codec = as_integers(Channels.keeping(np.arange(width), n, *zeros), method.bits(head.kind) or 0, head.kind)
+        codecs.setdefault(head.layer, {}).setdefault(head.kind, []).append(codec)
+    return [LayerPlan(layer, kinds, windows, None if static else recipe) for layer, kinds in codecs.items()]
+
+
+def _windows(bundle: GraphBundle, method: Method, recent_window: int | None, sinks: int | None) -> Windows:
+    """The mask's, and the graphs' own where they are left out."""
+    return replace(
+        method.windows,
+        recent_window=bundle.integer("recent_window", 32) if recent_window is None else recent_window,
+        sinks=bundle.integer("sinks", 4) if sinks is None else sinks,
+    )
+
+
+def _recipe(method: Method, readout_scope: str) -> ReadoutRecipe | None:
+    """By which a mask's read-outs are fitted, now or to each prompt."""
+    from grace_opt.compression.apply import recipe_of
+
+    if readout_scope not in READOUT_SCOPES:
+        raise InputError(f"the read-out scope must be one of {', '.join(READOUT_SCOPES)}, got {readout_scope!r}")
+    return recipe_of(method) if readout_scope != "none" else None
 
 
 def mask_from_solutions(
@@ -88,16 +188,14 @@ def mask_from_solutions(
     the graphs were made with, if left out. Raises InputError for a layer of which the bundle holds only some KV heads,
     or a head without a solution: none, one of another head's size, or one whose numbers contradict each other.
     """
-    from grace_opt.compression.apply import kept_of, recipe_of
+    from grace_opt.compression.apply import kept_of
     from grace_opt.compression.channels import Channels
     from grace_opt.compression.integers import as_integers
     from grace_opt.compression.plan import CachePlan, LayerPlan
 
     method = method or METHODS["grace-opt"]
-    if readout_scope not in READOUT_SCOPES:
-        raise InputError(f"the read-out scope must be one of {', '.join(READOUT_SCOPES)}, got {readout_scope!r}")
+    recipe = _recipe(method, readout_scope)
     _require_solutions(bundle, solutions)
-    recipe = recipe_of(method) if readout_scope != "none" else None
     codecs: dict[int, dict[Kind, dict[int, Codec]]] = {}
     for head, solution in zip(bundle.heads, solutions, strict=True):
         keep, readout = kept_of(solution), None
@@ -114,11 +212,7 @@ def mask_from_solutions(
                 raise InputError(
                     f"the bundle holds {kind} graphs of KV heads {sorted(by_head)} of {heads} in layer {layer}"
                 )
-    windows = replace(
-        method.windows,
-        recent_window=bundle.integer("recent_window", 32) if recent_window is None else recent_window,
-        sinks=bundle.integer("sinks", 4) if sinks is None else sinks,
-    )
+    windows = _windows(bundle, method, recent_window, sinks)
     plans = {
         layer: LayerPlan(
             layer,

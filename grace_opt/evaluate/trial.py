@@ -119,4 +119,5 @@ def trials(methods: Mapping[str, Method], budgets: Sequence[Budget], generated: 
 
 def mask_trial(name: str, mask: KVMask, generated: Generated | None = None) -> Trial:
     """A mask, with everything that it says."""
-    return Trial(name, mask, Budget(*(float(1 - mask.keep_matrix(kind).mean()) for kind in KINDS)), generated)
+    pruned, pruned_values = (float(1 - mask.keep_matrix(kind).mean()) for kind in KINDS)
+    return Trial(name, mask, Budget(pruned, pruned_values), generated)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grace_opt.errors import InputError
+from grace_opt.export.abilities import Abilities
 from grace_opt.export.card import card
 from grace_opt.export.checkpoint import save_checkpoint
 from grace_opt.export.target import Checked, Record, Source, Target
@@ -27,11 +28,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from grace_opt.compression.codec import Codec
-    from grace_opt.compression.mask import KVMask
     from grace_opt.evaluate.capture import Captured
 
-MODELS = ("llama", "mistral", "qwen2")  # whose layers are those of MiMo-V2-Flash but for names and biases
-CURE = "solve a bundle of values with --ratio 0 --value-ratio R --budget uniform --recent-window 0 --sinks 0"
+FOLDS = Abilities(
+    models=("llama", "mistral", "qwen2"),  # whose layers are those of MiMo-V2-Flash but for names and biases
+    sliding_layers=False,
+    kinds=("value",),
+    one_width=True,
+    readouts=("static", "none"),
+    integers=False,
+    token_policies=False,
+    choices=False,
+    whole_tokens=False,
+    prefill="pruned",
+    generated="prune",
+)
 
 USE = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,28 +61,7 @@ class HF(Target):
     expresses = "values alone, by channels or low rank of one width; no window, no integers; far from usable at a half"
     runtime = "transformers"
     tested = ("5.23.0",)
-
-    def supports(self, mask: KVMask, config: Any) -> bool | str:
-        plans, kind = list(mask.plan), text_config(config).model_type
-        if kind not in MODELS:
-            return f"folds models of {', '.join(MODELS)}, and this is a {kind}; use the target hf-generate"
-        if _slides(text_config(config)):
-            return (
-                "folds models whose layers attend to all tokens, and this one has windows; use the target hf-generate"
-            )
-        if len(plans) != text_config(config).num_hidden_layers or any("value" not in plan.codecs for plan in plans):
-            return f"folds the values of all layers, and this mask leaves some whole; {CURE}"
-        if any("key" in plan.codecs and _narrow(plan.codecs["key"]) for plan in plans):
-            return f"has one place for the keys of all heads, and this mask prunes them by head; {CURE}"
-        if any(codec.block for plan in plans for codecs in plan.codecs.values() for codec in codecs):
-            return f"holds numbers as they are, and this mask packs integers; {CURE}, without bits"
-        if any(plan.tokens is not None or plan.choice is not None or plan.readout is not None for plan in plans):
-            return f"folds what a mask says, and this one asks each prompt; {CURE} --readout static"
-        if any(plan.windows.recent_window or plan.windows.sinks for plan in plans):
-            return f"keeps no token whole, and this mask has a window or sinks; {CURE}"
-        if len({codec.width for plan in plans for codec in plan.codecs["value"]}) > 1:
-            return f"has one width for the values of all heads, and this mask has several; {CURE}"
-        return True
+    can = FOLDS
 
     def measure(self, source: Source) -> Record:
         """Of the folded model, prompt and all."""
@@ -214,15 +204,6 @@ def _config(config: Any, maps: dict[int, Any], constant: bool, biased: bool) -> 
         "mlp_layer_types": ["dense"] * config.num_hidden_layers,
         "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
     }
-
-
-def _slides(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
-
-
-def _narrow(codecs: Sequence[Codec]) -> bool:
-    return any(codec.width < codec.n for codec in codecs)
 
 
 @contextmanager

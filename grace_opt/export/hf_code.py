@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grace_opt.errors import InputError
 from grace_opt.export.card import card
 from grace_opt.export.checkpoint import save_checkpoint
-from grace_opt.export.hf_generate import decoded, whole_prompts
+from grace_opt.export.hf_generate import decoded
 from grace_opt.export.target import Checked, Record, Source, Target
 from grace_opt.files import write_text
 from grace_opt.versions import distribution_version
-
-if TYPE_CHECKING:
-    from grace_opt.compression.mask import KVMask
 
 MODULE, CLASS = "modeling_grace_opt", "GraceOptForCausalLM"
 
@@ -72,9 +69,6 @@ class HFCode(Target):
     expresses = "every mask that grace_opt.runtime runs, in a checkpoint of its own"
     runtime = "transformers"
     tested = ("5.23.0",)
-
-    def supports(self, mask: KVMask, config: Any) -> bool | str:
-        return whole_prompts(mask)
 
     def write(self, source: Source, folder: Path, measured: Record) -> None:
         import transformers

@@ -75,9 +75,6 @@ class HFGenerate(Target):
     runtime = "transformers"
     tested = ("5.23.0",)
 
-    def supports(self, mask: KVMask, config: Any) -> bool | str:
-        return whole_prompts(mask)
-
     def write(self, source: Source, folder: Path, measured: Record) -> None:
         code = folder / "custom_generate"
         write_text(code / "generate.py", CODE.format(version=distribution_version("grace-opt")))
@@ -92,13 +89,6 @@ class HFGenerate(Target):
 
     def check(self, source: Source, folder: Path, ids: list[int], new_tokens: int) -> Checked:
         return decoded(source, source.model, ids, new_tokens, custom_generate=str(folder), trust_remote_code=True)
-
-
-def whole_prompts(mask: KVMask) -> bool | str:
-    """What `Target.supports` says where our cache runs the mask."""
-    if mask.prefill != "full":
-        return f"runs prompts whole, and this mask asks for {mask.prefill} prefill; solve for full prefill"
-    return True
 
 
 def decoded(source: Source, model: Any, ids: list[int], new_tokens: int, **options: Any) -> Checked:

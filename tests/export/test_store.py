@@ -284,7 +284,7 @@ def test_what_cannot_be_stored_is_said(model: Any) -> None:
         store.encode([(keys[:, :, :0], values[:, :, :0]) for keys, values in kv])
     rule = TokenRule(Streaming(), 0.5)
     drops = {i: replace(each, tokens=rule) for i, each in mask.plan.layers.items()}
-    with pytest.raises(InputError, match="a store gives back every token, and this mask drops some; solve without"):
+    with pytest.raises(InputError, match="a stored cache cannot drop tokens"):
         KVStore(replace(mask, plan=CachePlan(drops)))
     past = grace_opt.runtime.cache(mask, model)
     model(torch.randint(4, 99, (1, 30)), past_key_values=past)

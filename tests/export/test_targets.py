@@ -152,12 +152,12 @@ def test_hf_conforms(family: str, readout: str) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"kept": 8}, "has one place for the keys of all heads, and this mask prunes them by head"),
+        ({"kept": 8}, "cannot prune keys, only values"),
         ({"recent_window": 4}, "keeps no token whole, and this mask has a window or sinks"),
         ({"sinks": 4}, "keeps no token whole, and this mask has a window or sinks"),
-        ({"ragged": True}, "has one width for the values of all heads, and this mask has several"),
-        ({"readout": "prefill"}, "folds what a mask says, and this one asks each prompt"),
-        ({"values": None, "kept": 8}, "folds the values of all layers, and this mask leaves some whole"),
+        ({"ragged": True}, "has one width for all heads, and this mask has several"),
+        ({"readout": "prefill"}, "cannot fit read-outs to each prompt; solve with --readout static"),
+        ({"values": None, "kept": 8}, "cannot prune keys, only values"),
     ],
     ids=str,
 )
@@ -169,14 +169,14 @@ def test_what_a_stock_model_cannot_run_is_refused(change: dict[str, Any], reason
 def test_other_models_and_integers_are_not_folded() -> None:
     model, _ = tiny("Qwen3")
     sentence = check_refusal("hf", tiny_mask(model, **STOCK), model.config)
-    assert "folds models of llama, mistral, qwen2, and this is a qwen3; use the target hf-generate" in sentence
+    assert "runs models of llama, mistral, qwen2, and this is a qwen3; use the target hf-generate" in sentence
     model, _ = tiny("Mistral", sliding_window=8)
     windows = tiny_mask(tiny("Mistral", sliding_window=None)[0], **STOCK)
-    assert "and this one has windows" in check_refusal("hf", windows, model.config)
+    assert "cannot run sliding-window layers" in check_refusal("hf", windows, model.config)
     model, _ = tiny()
     mask = tiny_mask(model, **STOCK)
     bits = replace(mask, plan=mask.plan.changed(bits={"value": 4}))
-    assert "and this mask packs integers" in check_refusal("hf", bits, model.config)
+    assert "cannot hold rows as integers" in check_refusal("hf", bits, model.config)
 
 
 def test_a_fold_that_loses_too_much_is_not_written(tmp_path: Path) -> None:

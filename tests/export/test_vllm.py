@@ -66,7 +66,7 @@ def test_integers_are_refused(loaded: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("family", "sentence"),
-    [("Phi3", "runs models of type llama, mistral, qwen2, qwen3"), ("Mistral", "sliding-window")],
+    [("Phi3", "runs models of llama, mistral, qwen2, qwen3"), ("Mistral", "sliding-window")],
 )
 def test_models_that_it_does_not_run_are_refused(family: str, sentence: str) -> None:
     model, _ = tiny(family, sliding_window=8)

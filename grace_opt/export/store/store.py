@@ -15,6 +15,7 @@ from grace_opt.compression.mask import KVMask
 from grace_opt.compression.mask_file import JSON_NAME, load_mask, save_mask
 from grace_opt.errors import InputError, shown
 from grace_opt.evaluate.capture import Captured, capture
+from grace_opt.export.abilities import STORED, Needs, refusals
 from grace_opt.export.store.frames import AGAIN, Reader, Writer
 from grace_opt.export.store.layer import LayerStore
 from grace_opt.files import file_sha256, replacing
@@ -62,7 +63,7 @@ class KVStore:
     padding. Old tokens are stored as the mask's codecs say, sinks and the recent window whole.
 
     Args:
-        mask: as `supports` takes.
+        mask: of what `grace_opt.export.abilities.STORED` says.
         layers: of the model, if the mask does not say.
 
     Raises:
@@ -70,9 +71,8 @@ class KVStore:
     """
 
     def __init__(self, mask: KVMask, layers: int | None = None) -> None:
-        answer = supports(mask)
-        if answer is not True:
-            raise InputError(f"a store {answer}")
+        for sentence in refusals(STORED, Needs.of_mask(mask)):
+            raise InputError(f"a stored cache {sentence}")
         self.mask = mask
         count = layers if layers is not None else mask.layer_count
         self.layers = [LayerStore(mask.plan.layers.get(i), mask.num_key_value_heads, _dims(mask)) for i in range(count)]
@@ -248,16 +248,6 @@ def dynamic_cache(layers: Iterable[tuple[Tensor, Tensor]], device: str | torch.d
     for index, (keys, values) in enumerate(layers):
         past.update(keys.to(device), values.to(device), index)
     return past
-
-
-def supports(mask: KVMask) -> bool | str:
-    """True, or why caches cannot be stored by this mask; the end of a sentence."""
-    for layer in mask.plan:
-        if layer.tokens is not None:
-            return "gives back every token, and this mask drops some; solve without a token policy"
-        if layer.choice is not None:
-            return "needs the channels that are kept, and this mask chooses them from each prompt; use grace-opt solve"
-    return True
 
 
 def _dims(mask: KVMask) -> dict[Kind, int]:
