@@ -43,6 +43,10 @@ def evaluate(
     mask: Annotated[
         list[Path] | None, typer.Option("--mask", help="Mask folder, from grace-opt solve; repeatable.")
     ] = None,
+    target: Annotated[
+        str | None,
+        option("--target", help="Measure masks as this runs them; grace-opt targets lists what there is."),
+    ] = None,
     task: Annotated[
         list[str] | None,
         option("--task", help="kl, or a task: ruler, ruler/vt, longeval, needle, ...; repeatable; kl if left out."),
@@ -96,6 +100,7 @@ def evaluate(
     sources = explain(ctx, talk.verbose)
     from grace_opt.evaluate.measurements import Measurements
     from grace_opt.evaluate.run import Plan, run
+    from grace_opt.export.run import as_run
     from grace_opt.files import check_writable
     from grace_opt.records import Measurement
     from grace_opt.records_file import RecordsFile
@@ -112,9 +117,12 @@ def evaluate(
     )
     plan = Plan(tuple(task or ["kl"]), tuple(length or ()), prompts, scored, chat, text, dataset, seed)
     plan.check()
+    _require_target(target, method or [], generated)
     if output is not None:
         check_writable(output / "measurements.jsonl")
     loaded, tokenizer = loading.load(model, talk.quiet)
+    if target is not None:
+        planned = [as_run(target, trial, loaded.config) for trial in planned]
     place = output / "measurements.jsonl" if output is not None else None
     with (
         nullcontext() if place is None else RecordsFile(place, Measurement, talk.say) as file,
@@ -138,6 +146,20 @@ def evaluate(
     for rows in ([quality_row(record) for record in kl], [score_row(record) for record in answered]):
         if rows:
             print_records(rows, talk.format)
+
+
+def _require_target(target: str | None, methods: list[str], generated: Generated | None) -> None:
+    """Refuse a target that there is not, and what says otherwise than it."""
+    if target is None:
+        return
+    from grace_opt.export.target import TARGETS
+
+    does = TARGETS[target].can.generated
+    if methods:
+        raise InputError("--target runs masks, not methods; make masks with grace-opt solve, and give them with --mask")
+    if generated is not None and does is not None:
+        flag = "--keep-generated" if does == "keep" else "--prune-generated"
+        raise InputError(f"what {target} does with generated tokens is as with {flag}; leave that option out")
 
 
 def _budgets(

@@ -47,7 +47,8 @@ class Trial:
         """What was asked for, for the record."""
         if isinstance(self.what, Method):
             return self.what.options()
-        return {**asdict(self.what.windows), "readout_scope": self.what.readout_scope, "solver": self.what.solver}
+        about = {name: getattr(self.what, name) for name in ("readout_scope", "prefill", "solver")}
+        return {**asdict(self.what.windows), **about}
 
     @property
     def narrow(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from grace_opt.evaluate.trial import Trial
 
 FORMAT, VERSION = "grace-opt-export", 1
 MANIFEST = "grace_opt_export.json"
@@ -117,6 +119,14 @@ def require_supported(target: Target, mask: KVMask, config: Any) -> None:
     answer = target.supports(mask, config)
     if answer is not True:
         raise InputError(f"the target {target.name} {answer}")
+
+
+def as_run(target: str, trial: Trial, config: Any) -> Trial:
+    """A mask that is evaluated, as a target runs it. Raises InputError if it cannot, with its sentence."""
+    assert isinstance(trial.what, KVMask)
+    runs = TARGETS[target]()
+    require_supported(runs, trial.what, config)
+    return replace(trial, what=runs.can.as_run(trial.what))
 
 
 def load_manifest(folder: str | Path, target: str) -> Record:
