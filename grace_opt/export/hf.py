@@ -35,7 +35,7 @@ FOLDS = Abilities(
     sliding_layers=False,
     kinds=("value",),
     one_width=True,
-    readouts=("static", "none"),
+    readouts=("none", "static"),  # without a window static ones lose more than zeros (docs/results/export.md)
     integers=False,
     token_policies=False,
     choices=False,
@@ -106,13 +106,32 @@ class HF(Target):
                 return_dict_in_generate=True,
                 **options,
             )
-            with values_replaced(source):
-                logits = source.model(input_ids=run.sequences[:, :-1]).logits[0, len(ids) - 1 :]
-        ours, told = (each.float().log_softmax(-1) for each in (logits, torch.cat(run.logits)))
-        tokens = run.sequences[0, len(ids) :]
-        behind = float((ours.amax(-1) - ours.gather(1, tokens[:, None])[:, 0]).max())
+        tokens = run.sequences[0, len(ids) :].tolist()
         name = f"transformers {distribution_version('transformers')}"
-        return Checked(name, tokens.tolist(), behind, float((ours - told).abs().max()))
+        return as_replaced(source, ids, name, tokens, torch.cat(run.logits).float().log_softmax(-1))
+
+
+def as_replaced(
+    source: Source, ids: list[int], runtime: str, tokens: list[int], told: Tensor | Sequence[float | None]
+) -> Checked:
+    """Tokens that a folded model decoded, beside the model itself with each value replaced by what it is read as.
+
+    ``told``: log-probabilities before each token [n, vocabulary], or those of the tokens, where they are known.
+    """
+    import torch
+
+    from grace_opt.models.inputs import input_device
+
+    row = torch.tensor([[*ids, *tokens[:-1]]], device=input_device(source.model))
+    with torch.inference_mode(), values_replaced(source):
+        logits = source.model(input_ids=row).logits[0, len(ids) - 1 :]
+    ours = logits.float().log_softmax(-1)
+    own = ours.gather(1, torch.tensor(tokens, device=ours.device)[:, None])[:, 0]
+    if isinstance(told, torch.Tensor):
+        off = [float((ours - told.to(ours)).abs().max())]
+    else:
+        off = [abs(float(one) - score) for one, score in zip(own, told, strict=True) if score is not None]
+    return Checked(runtime, tokens, float((ours.amax(-1) - own).max()), max(off, default=None))
 
 
 def folded(source: Source) -> Any:

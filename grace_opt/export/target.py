@@ -163,6 +163,7 @@ TARGETS: Table[type[Target]] = Table(
     "target",
     "grace_opt.targets",
     {
+        "gguf": "grace_opt.export.gguf:GGUF",
         "hf": "grace_opt.export.hf:HF",
         "hf-code": "grace_opt.export.hf_code:HFCode",
         "hf-generate": "grace_opt.export.hf_generate:HFGenerate",

@@ -13,16 +13,17 @@ from grace_opt.export.abilities import Abilities, Needs, refusals
 from grace_opt.export.run import load_manifest
 from grace_opt.export.target import TARGETS
 from tests.cli.test_cli import inside, sentence
-from tests.support.exports import WORDS, tiny
+from tests.support.exports import WORDS, tiny_bpe
 
-STOCK = ("hf",)  #: they keep all keys and no window: a half is too little, and a random model's values all matter
+LIMIT = ("--kl-limit", "inf")  #: what a random model loses says nothing
+SHARES = {"gguf": 0.9, "hf": 0.9}  #: of those that keep all keys; the others take a half
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and its graphs."""
     folder = tmp_path_factory.mktemp("solve-for")
-    model, tokenizer = tiny()
+    model, tokenizer = tiny_bpe()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "words.txt").write_text(WORDS, encoding="utf-8")
@@ -38,12 +39,12 @@ def solved(work: Path, output: Path, *more: Any) -> Any:
 
 @pytest.mark.parametrize("name", sorted(TARGETS._known))
 def test_what_is_solved_for_a_target_is_exported_without_more_options(work: Path, name: str, tmp_path: Path) -> None:
-    share, more = (0.975, ("--kl-limit", "inf")) if name in STOCK else (0.5, ())
+    share = SHARES.get(name, 0.5)
     done = solved(work, tmp_path / "m", "--target", name, "--budget-share", share)
     assert done.returncode == 0, done.stderr
     assert f"for {name}: " in done.stderr or not TARGETS[name].can.method_options()
     assert any(record["prune"] for record in json.loads(done.stdout)["records"])
-    done = inside("export", tmp_path / "m", work / "model", "--to", name, "-o", tmp_path / "out", *more)
+    done = inside("export", tmp_path / "m", work / "model", "--to", name, "-o", tmp_path / "out", *LIMIT)
     assert done.returncode == 0, done.stderr
     assert load_manifest(tmp_path / "out", name)["target"] == name
 

@@ -156,7 +156,7 @@ def test_hf_conforms(family: str, readout: str) -> None:
         ({"recent_window": 4}, "keeps no token whole, and this mask has a window or sinks"),
         ({"sinks": 4}, "keeps no token whole, and this mask has a window or sinks"),
         ({"ragged": True}, "has one width for all heads, and this mask has several"),
-        ({"readout": "prefill"}, "cannot fit read-outs to each prompt; solve with --readout static"),
+        ({"readout": "prefill"}, "cannot fit read-outs to each prompt; solve with --readout none or static"),
         ({"values": None, "kept": 8}, "cannot prune keys, only values"),
     ],
     ids=str,

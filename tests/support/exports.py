@@ -32,6 +32,26 @@ def tiny(family: str = "Llama", **overrides: Any) -> tuple[Any, Any]:
     return tiny_model(family, **overrides), PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
+def tiny_bpe(family: str = "Llama", pre: str = "smollm", *, ascii: bool = False, **overrides: Any) -> tuple[Any, Any]:
+    """A tiny random model with a byte-level BPE of bytes and a few merges, cut as GPT-2 or SmolLM2 cut.
+
+    ``ascii``: what it decodes is always whole characters.
+    """
+    signs = [
+        sign for sign in sorted(pre_tokenizers.ByteLevel.alphabet()) if not ascii or sign < "\x7f" or sign == "\u0120"
+    ]
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *signs])}
+    merges = [("t", "h"), ("th", "e"), ("\u0120", "the"), ("\u0120", "w"), ("1", "2")]
+    vocabulary |= {left + right: len(vocabulary) + i for i, (left, right) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of])
+    tokenizer.pre_tokenizer = digits if pre == "smollm" else bytes_of
+    model = tiny_model(family, **{"vocab_size": len(vocabulary) + 3, **overrides})
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
 def tiny_mask(model: Any, **more: Any) -> KVMask:
     """Half of the channels of keys and values, by static read-outs, beside a window of 8."""
     options = {"kept": 8, "recent_window": 8, "sinks": 2, "readout": "static", "values": 8}
