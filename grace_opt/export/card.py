@@ -38,7 +38,7 @@ says ({_held(source)}). Generated tokens: `{windows.generated}`. Read-outs: `{so
 
 ## Measured
 
-On {measured["documents"]} texts, prompts of {measured["prefix"]} tokens and the {measured["scored"]} tokens after each,
+On {measured["documents"]} texts, prompts of {measured["length"]} tokens and the {measured["scored"]} tokens after each,
 beside the uncompressed model ({source.model.dtype}, grace-opt {importlib.metadata.version("grace-opt")}, torch
 {distribution_version("torch")}, transformers {distribution_version("transformers")}):
 

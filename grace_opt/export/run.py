@@ -162,7 +162,7 @@ def _manifest(target: Target, source: Source, measured: Record) -> Record:
         "versions": {each: distribution_version(each) for each in ("grace-opt", "torch", "transformers")},
         "measured": {
             key: measured[key]
-            for key in ("kl", "nll", "top1", "bytes_per_token", "full_bytes_per_token", "prefix", "scored", "documents")
+            for key in ("kl", "nll", "top1", "bytes_per_token", "full_bytes_per_token", "length", "scored", "documents")
         },
     }
 

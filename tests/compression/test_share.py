@@ -12,8 +12,8 @@ import torch
 from grace_opt import Calibration, InputError, calibrate, mask_from_solutions, problems_of, solve_many
 from grace_opt.compression.budget import Budget
 from grace_opt.compression.method import method
-from grace_opt.evaluate.capture import Captured, capture
-from grace_opt.evaluate.replay import dense, replay
+from grace_opt.evaluate.capture import Captured, capture, dense
+from grace_opt.evaluate.replay import replay
 from grace_opt.graphs.bundle import GraphBundle
 from grace_opt.runtime.cache import cache_nbytes
 from tests.support.families import ByteTokenizer, tiny_model
