@@ -19,6 +19,10 @@ from grace_opt.heads import KINDS, HeadName, Kind
 from grace_opt.problem import FloatArray, SubsetProblem, prune_count
 
 
+class ShareError(InputError):
+    """No budget of a method is within the share on a prompt; on a longer one it may be."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much of the cache may go: a fraction of the key and of the value channels of old tokens, bytes, or a share.
@@ -167,7 +171,7 @@ def within_share(share: float, held: Callable[[Budget], float], whole: float, fu
     """The largest budget in bytes with which a prompt's cache holds at most ``share`` of ``full`` bytes.
 
     ``held``: the bytes of the cache under a budget, which grow with it; ``whole`` those of a token with nothing pruned.
-    The steps of the answer are ``whole`` / 2**12. Raises InputError, with the least share, if none is that small.
+    The steps of the answer are ``whole`` / 2**12. Raises ShareError, with the least share, if none is that small.
     """
     most = share * full
     high = Budget(bytes_per_token=whole)
@@ -188,7 +192,7 @@ def within_share(share: float, held: Callable[[Budget], float], whole: float, fu
         else:
             top, least = middle, min(least, bytes_held)
     if fits is None:
-        raise InputError(
+        raise ShareError(
             f"the method holds at least {math.ceil(1000 * least / full) / 1000:g} of the uncompressed bytes of such a "
             f"prompt, with windows, scales and read-outs, and {share:g} is asked for; raise the share, lower the "
             "method's floor or windows, or give longer prompts"

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 
 from grace_opt.compression.apply import apply
-from grace_opt.compression.budget import Budget
+from grace_opt.compression.budget import Budget, ShareError
 from grace_opt.compression.mask import KVMask
 from grace_opt.compression.method import Method
 from grace_opt.compression.plan import CachePlan
-from grace_opt.errors import InputError
 from grace_opt.evaluate.capture import Captured
 from grace_opt.evaluate.replay import narrow, replay
 from grace_opt.files import json_text
@@ -85,7 +84,10 @@ class Trial:
         return digest.hexdigest()
 
     def plan(self, captured: Captured) -> CachePlan:
-        """The plan for a prompt. Raises InputError for what the method or the mask cannot do with it."""
+        """The plan for a prompt. Raises InputError for what the method or the mask cannot do with it.
+
+        Where a longer prompt may do, that is a ShareError.
+        """
         if isinstance(self.what, KVMask):
             self.what.check_model(captured.model.config, str(captured.model.config.name_or_path))
             return self.what.plan.changed(generated=self.generated)
@@ -102,7 +104,7 @@ class Trial:
         others = full - sum(each.nbytes for layer in layers for each in (layer.keys, layer.values))
         left = self.budget.share * full - others
         if left <= 0:
-            raise InputError(
+            raise ShareError(
                 f"the model's other layers hold {others / full:.3g} of the cache and cannot be compressed, and a share "
                 f"of {self.budget.share:g} is asked for; raise the share"
             )
