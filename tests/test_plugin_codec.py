@@ -75,7 +75,7 @@ def test_it_runs_in_a_new_process(environment: dict[str, str], folder: Path, tmp
     options: list[Any] = []
     for name, value in {**OUTSIDE, **WINDOWS}.items():
         options += ["--method-option", f"grace-opt.{name}={value}"]
-    common = ("evaluate", folder, "--text", tmp_path / "text.txt", "--prefix", 60, "--scored", 20, "--documents", 2)
+    common = ("evaluate", folder, "--text", tmp_path / "text.txt", "--length", 60, "--scored", 20, "--prompts", 2)
     model = tiny_model("Llama")
     captured = capture(model, [(7 * i) % 90 + 2 for i in range(81)], 60, 8)
     plan = Trial("x", method("grace-opt", {**OUTSIDE, **WINDOWS}), Budget(0.5)).plan(captured)

@@ -232,17 +232,27 @@ def test_the_command_measures_writes_and_draws(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     arguments = ("evaluate", "smollm2-135m", "--text", text, "--length", 200, "--scored", 40, "--prompts", 3)
     policies = ("--method", "think", "--method", "grace-opt", "--ratio", 0.6, "--value-ratio", 0.2)
-    needles = ("--needle-length", 150, "--needle-depth", 0.5)
-    result = cli(*arguments, *policies, *needles, "-o", folder, "-f", "json")
-    think, ours = json.loads(result.stdout)["records"]
+    asked = ("--task", "kl", "--task", "needle/single", "--no-chat")
+    result = cli(*arguments, *policies, *asked, "-o", folder, "-f", "json")
+    think, ours, *answered = json.loads(result.stdout)["records"]
     assert (think["method"], ours["method"]) == ("think", "grace-opt")
     assert ours["kl"]["mean"] < think["kl"]["mean"]
     assert ours["against_first"] < 1
-    assert think["needle"]["mean"] in (0, 1)
+    assert [(r["protocol"], r["method"]) for r in answered] == [
+        (protocol, name) for protocol in ("query-aware", "context-only") for name in ("full", "think", "grace-opt")
+    ]
+    assert answered[0]["score"]["mean"] == 1
     assert think["documents"] == 3
-    assert [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()] == [think, ours]
+    assert [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()] == [
+        think,
+        ours,
+        *answered,
+    ]
     assert json.loads((folder / "run.json").read_text())["command"][:2] == ["grace-opt", "evaluate"]
-    assert {path.name for path in folder.glob("*.png")} >= {"pareto.png", "positions.png", "needles.png"}
+    assert {path.name for path in folder.glob("*.png")} >= {"pareto.png", "positions.png", "scores-query-aware-200.png"}
+    assert (folder / "report.html").stat().st_size > 10_000
+    again = cli(*arguments, *policies, *asked, "-o", folder, "-f", "json")  # all is known
+    assert json.loads(again.stdout) == json.loads(result.stdout)
 
 
 def test_how_generated_tokens_are_held_can_be_asked_for_and_masks_of_other_models_are_refused() -> None:
