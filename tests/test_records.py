@@ -16,11 +16,13 @@ import sqlalchemy
 
 from grace_opt import InputError, load_bundle, solve_many
 from grace_opt.records import (
+    EvaluatedRecord,
     EvaluationRecord,
     InstanceRecord,
     LimitsUsed,
     Record,
     SolutionRecord,
+    TaskRecord,
     TimingNs,
     added,
     budget_name,
@@ -79,7 +81,9 @@ def test_what_is_wrong_is_named(record: dict[str, Any], changes: dict[str, Any],
 def test_the_fields_are_inherited_and_told_apart() -> None:
     assert added(InstanceRecord) == ("bundle", "ratio", "value_ratio", "budget_bytes", "limits")
     assert added(Record) == ("best_known", "over_best", "best_bound", "best_bound_solver", "reference_gap")
-    assert added(EvaluationRecord) == names(EvaluationRecord)
+    assert added(EvaluatedRecord) == names(EvaluatedRecord)
+    assert added(EvaluationRecord) == names(EvaluationRecord)[len(names(EvaluatedRecord)) :]
+    assert added(TaskRecord)[:2] == ("protocol", "tasks")
 
 
 @pytest.mark.parametrize(
