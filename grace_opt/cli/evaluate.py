@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grace_opt.cli.budgets import BudgetSharesOption
+from grace_opt.cli.budgets import OF_RATIOS, BudgetSharesOption
 from grace_opt.cli.config import named_options
 from grace_opt.cli.options import ModelArgument, ModelOptions, SeedOption, Talk, option
 from grace_opt.cli.output import Format, print_records
@@ -168,7 +168,7 @@ def _budgets(
     from grace_opt.compression.budget import Budget
 
     if value_ratio is not None and not ratios:
-        raise InputError("--value-ratio goes with --ratio; the other budgets are shared between keys and values")
+        raise InputError(OF_RATIOS)
     budgets = [Budget(ratio, value_ratio or 0.0) for ratio in ratios]
     budgets += [Budget(bytes_per_token=most) for most in budget_bytes]
     return [*budgets, *(Budget(share=share) for share in shares)]

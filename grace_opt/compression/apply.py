@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_opt.compression.budget import Budget, allot, bytes_per_channel, within_share
+from grace_opt.compression.budget import Budget, allot, within_share
 from grace_opt.compression.channels import Channels
-from grace_opt.compression.codec import Codec, Whole, stacked
+from grace_opt.compression.codec import Codec, stacked
 from grace_opt.compression.integers import as_integers
 from grace_opt.compression.method import Method
-from grace_opt.compression.pays import held_bytes
+from grace_opt.compression.pays import Shapes, held_bytes
 from grace_opt.compression.plan import CachePlan, Choice, LayerPlan
 from grace_opt.compression.plugins import CODECS, POLICIES
 from grace_opt.compression.readout import ReadoutRecipe, fit_many, weighted_moments
@@ -44,10 +44,14 @@ def apply(method: Method, layers: Mapping[int, Observed], budget: Budget) -> Cac
     """
     if budget.share is None:
         return _applied(method, layers, budget, method.selection.solver)
+    itemsize = next(iter(layers.values())).keys.element_size()
     full = sum(states.nbytes for seen in layers.values() for states in (seen.keys, seen.values))
 
     def held(tried: Budget) -> float:
-        return sum(_held(each, layers[each.index]) for each in _applied(method, layers, tried, None))
+        plan = _applied(method, layers, tried, None)
+        return sum(
+            held_bytes(plan.layers[i], _shapes(each), each.keys.shape[1], itemsize) for i, each in layers.items()
+        )
 
     tried = within_share(budget.share, held, _whole(method, layers), full)
     return _applied(method, layers, tried, method.selection.solver)
@@ -63,27 +67,14 @@ def _applied(method: Method, layers: Mapping[int, Observed], budget: Budget, sol
     return CachePlan({i: _layer_plan(method, i, codecs[i], tokens) for i in layers})
 
 
-def _held(plan: LayerPlan, seen: Observed) -> float:
-    """Bytes of the cache of a layer after the prompt."""
-    codecs: dict[Kind, Sequence[Codec]] = {}
-    for kind, states in zip(KINDS, (seen.keys, seen.values), strict=True):
-        codecs[kind] = plan.codecs.get(kind) or [Whole(states.shape[-1])] * len(states)
-    return held_bytes(plan, codecs, seen.keys.shape[1], seen.keys.element_size())
-
-
-def _costs(method: Method, seen: Observed) -> dict[Kind, float]:
-    """Bytes of one channel of an old token."""
-    return {kind: bytes_per_channel(method.bits(kind), seen.keys.element_size()) for kind in KINDS}
+def _shapes(seen: Observed) -> Shapes:
+    return {kind: (len(states), states.shape[-1]) for kind, states in zip(KINDS, (seen.keys, seen.values), strict=True)}
 
 
 def _whole(method: Method, layers: Mapping[int, Observed]) -> float:
     """Bytes of an old token with nothing pruned, in all layers."""
-    costs = _costs(method, next(iter(layers.values())))
-    return sum(
-        len(states) * costs[kind] * states.shape[-1]
-        for seen in layers.values()
-        for kind, states in zip(KINDS, (seen.keys, seen.values), strict=True)
-    )
+    costs = method.channel_bytes(next(iter(layers.values())).keys.element_size())
+    return sum(costs[kind] * math.prod(shape) for seen in layers.values() for kind, shape in _shapes(seen).items())
 
 
 def online(method: Method, layers: Sequence[int], budget: Budget) -> CachePlan:
@@ -169,7 +160,7 @@ def _kept_channels(
     """Kind -> layer -> kept channels int64[d] of each KV head (for other codecs than channels, d numbers)."""
     if method.codec == "whole":
         return {
-            kind: {i: [np.arange(states.shape[-1])] * len(states) for i, states in _states(layers, kind).items()}
+            kind: {i: [np.arange(n)] * heads for i, seen in layers.items() for heads, n in [_shapes(seen)[kind]]}
             for kind in KINDS
             if method.bits(kind)
         }
@@ -181,8 +172,8 @@ def _kept_channels(
             make = _problems if measured else _sizes
             problems[kind] = [problem for i, each in layers.items() for problem in make(method, i, each, kind)]
     seen = next(iter(layers.values()))
-    queries, costs, whole = seen.grouped.shape[1], _costs(method, seen), _whole(method, layers)
-    prunes = allot(problems, budget, method.sharing, queries=queries, costs=costs, whole=whole)
+    costs, whole = method.channel_bytes(seen.keys.element_size()), _whole(method, layers)
+    prunes = allot(problems, budget, method.sharing, queries=seen.grouped.shape[1], costs=costs, whole=whole)
     kept: dict[Kind, dict[int, list[IntArray]]] = {}
     for kind, heads in problems.items():
         ready = [replace(problem, prune=m) for problem, m in zip(heads, prunes[kind], strict=True)]
@@ -220,11 +211,6 @@ def _fitted(method: Method, seen: Observed, kind: Kind, widths: Sequence[int]) -
         return CODECS[method.codec].fit(seen, kind, widths, **method.codec_options)
     except TypeError as error:
         raise InputError(f"codec {method.codec!r} does not take these options ({error})") from None
-
-
-def _states(layers: Mapping[int, Observed], kind: Kind) -> dict[int, Tensor]:
-    """Layer -> keys or values [H, T, n]."""
-    return {i: seen.keys if kind == "key" else seen.values for i, seen in layers.items()}
 
 
 def _sizes(method: Method, layer: int, seen: Observed, kind: Kind) -> list[SubsetProblem]:

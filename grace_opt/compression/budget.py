@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -299,13 +298,13 @@ def _tied(problems: Sequence[SubsetProblem]) -> int:
 
 def _hull_slopes(curve: FloatArray) -> FloatArray:
     """The steps of the lower convex hull of a curve, one for each step of the curve, ascending. O(n)."""
-    corners = [0]
-    for i in range(1, len(curve)):
+    corners, y = [0], curve.tolist()
+    for i in range(1, len(y)):
         while len(corners) > 1:
             a, b = corners[-2:]
-            if (curve[b] - curve[a]) * (i - b) < (curve[i] - curve[b]) * (b - a):
+            if (y[b] - y[a]) * (i - b) < (y[i] - y[b]) * (b - a):
                 break
             corners.pop()
         corners.append(i)
-    steps = [np.full(b - a, (curve[b] - curve[a]) / (b - a)) for a, b in pairwise(corners)]
-    return np.concatenate(steps) if steps else np.empty(0)
+    lengths = np.diff(corners)
+    return np.repeat(np.diff(curve[corners]) / lengths, lengths)

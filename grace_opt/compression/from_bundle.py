@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from grace_opt.compression import method as methods
-from grace_opt.compression.budget import Budget, allot, bytes_per_channel, within_share
+from grace_opt.compression.budget import Budget, allot, within_share
 from grace_opt.compression.method import METHODS, Method, Windows
 from grace_opt.compression.plugins import CODECS
 from grace_opt.compression.readout import READOUT_SCOPES, ReadoutRecipe, bundle_moments, fit
@@ -67,7 +67,6 @@ def problems_of(
         raise InputError("the bundle has no graphs of what is to be pruned; calibrate with --value-objective output")
     if budget.share is None:
         return _problems(bundle, method, budget, plain)
-    from grace_opt.compression.codec import Whole
     from grace_opt.compression.pays import held_bytes
 
     windows, recipe = _windows(bundle, method, recent_window, sinks), _recipe(method, readout_scope)
@@ -77,11 +76,8 @@ def problems_of(
     def held(tried: Budget) -> float:
         problems = _problems(bundle, method, replace(asked, bytes_per_token=tried.bytes_per_token), plain)
         widths = [(head, problem.n - problem.prune) for head, problem in zip(bundle.heads, problems, strict=True)]
-        total = 0.0
-        for plan in _sized_plans(widths, method, windows, recipe, static=readout_scope == "static"):
-            codecs = {kind: plan.codecs.get(kind) or [Whole(n)] * heads for kind, (heads, n) in shapes.items()}
-            total += held_bytes(plan, codecs, budget.tokens, ITEMSIZE)
-        return total
+        plans = _sized_plans(widths, method, windows, recipe, static=readout_scope == "static")
+        return sum(held_bytes(plan, shapes, budget.tokens, ITEMSIZE) for plan in plans)
 
     full = budget.tokens * len(layers) * ITEMSIZE * sum(map(math.prod, shapes.values()))
     tried = within_share(budget.share, held, _whole(bundle, method), full)
@@ -103,7 +99,7 @@ def _problems(
         budget,
         method.sharing,
         queries=group * bundle.integer("observation_window", 32, least=1),
-        costs=_costs(method),
+        costs=method.channel_bytes(ITEMSIZE),
         whole=_whole(bundle, method),
     )
     left = {kind: iter(each) for kind, each in prunes.items()}
@@ -113,14 +109,9 @@ def _problems(
     ]
 
 
-def _costs(method: Method) -> dict[Kind, float]:
-    """Bytes of one channel of an old token."""
-    return {kind: bytes_per_channel(method.bits(kind), ITEMSIZE) for kind in KINDS}
-
-
 def _whole(bundle: GraphBundle, method: Method) -> float:
     """Bytes of an old token with nothing pruned, in all layers."""
-    costs, shapes = _costs(method), _shapes(bundle)
+    costs, shapes = method.channel_bytes(ITEMSIZE), _shapes(bundle)
     return len({head.layer for head in bundle.heads}) * sum(costs[kind] * math.prod(shapes[kind]) for kind in KINDS)
 
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
-from grace_opt.compression.budget import Budget, Sharing
+from grace_opt.compression.budget import Budget, Sharing, bytes_per_channel
 from grace_opt.compression.plugins import CODECS, POLICIES
 from grace_opt.compression.readout import ReadoutRecipe
 from grace_opt.errors import InputError, did_you_mean
 from grace_opt.graphs.protection import Protection
-from grace_opt.heads import Kind
+from grace_opt.heads import KINDS, Kind
 
 BITS = (2, 3, 4, 8)
 CROP = 32  # tokens that can be taken back, at most
@@ -121,6 +121,10 @@ class Method:
     def bits(self, kind: Kind) -> int | None:
         """Of the rows of keys or values."""
         return self.key_bits if kind == "key" else self.value_bits
+
+    def channel_bytes(self, itemsize: int) -> dict[Kind, float]:
+        """Bytes of one channel of an old token, in a cache of numbers of so many bytes."""
+        return {kind: bytes_per_channel(self.bits(kind), itemsize) for kind in KINDS}
 
     def with_bits(self, bits: Mapping[Kind, int]) -> Method:
         """With other bits for some kinds; 0: none."""

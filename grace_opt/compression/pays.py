@@ -21,19 +21,16 @@ def pays_from(layers: Mapping[int, LayerPlan], shapes: Mapping[int, Shapes], ite
     """The length of the shortest prompt from which on these layers take fewer bytes than full ones.
 
     ``shapes``: of each layer; ``itemsize``: bytes of an element of keys and values. For one row; growth space is left
-    out. None if it never pays, or if a codec is only fitted to a prompt, so that
-    its size is not known. O(log of the answer).
+    out. None if it never pays, or if a codec is only fitted to a prompt, so that its size is not known. O(log of the
+    answer).
     """
-    codecs = {i: {kind: _codecs(plan, kind, *shapes[i][kind]) for kind in KINDS} for i, plan in layers.items()}
-    if any(each is None for of_layer in codecs.values() for each in of_layer.values()):
+    codecs = {i: _codecs(plan, shapes[i]) for i, plan in layers.items()}
+    if any(each is None for each in codecs.values()):
         return None
 
     def saved(tokens: int) -> float:
         full = sum(heads * n for of_layer in shapes.values() for heads, n in of_layer.values())
-        held = sum(
-            held_bytes(plan, {kind: each or () for kind, each in codecs[i].items()}, tokens, itemsize)
-            for i, plan in layers.items()
-        )
+        held = sum(_of_codecs(plan, codecs[i] or {}, tokens, itemsize) for i, plan in layers.items())
         return tokens * full * itemsize - held
 
     # Up to here every token is whole; from here on each token more saves something, if it ever does.
@@ -51,8 +48,22 @@ def pays_from(layers: Mapping[int, LayerPlan], shapes: Mapping[int, Shapes], ite
     return high
 
 
-def _codecs(plan: LayerPlan, kind: Kind, heads: int, n: int) -> list[Codec] | None:
-    """Of each head, if they are known before the prompt."""
+def held_bytes(plan: LayerPlan, shapes: Shapes, tokens: int, itemsize: int) -> float:
+    """Bytes of one row of a layer after a prompt of so many tokens (docs/cache.md), by a plan that names its codecs.
+
+    Windows, scales, positions and read-outs are counted; growth space is not.
+    """
+    return _of_codecs(plan, _codecs(plan, shapes) or {}, tokens, itemsize)
+
+
+def _codecs(plan: LayerPlan, shapes: Shapes) -> dict[Kind, list[Codec]] | None:
+    """Of each head, if all are known before the prompt."""
+    found = {kind: _of_kind(plan, kind, *shapes[kind]) for kind in KINDS}
+    known = {kind: each for kind, each in found.items() if each is not None}
+    return known if len(known) == len(found) else None
+
+
+def _of_kind(plan: LayerPlan, kind: Kind, heads: int, n: int) -> list[Codec] | None:
     from grace_opt.compression.channels import Channels
     from grace_opt.compression.codec import Whole
     from grace_opt.compression.integers import as_integers
@@ -82,11 +93,7 @@ def _old(plan: LayerPlan, tokens: int) -> int:
     return max(0, tokens - plan.windows.sinks - plan.windows.recent_window)
 
 
-def held_bytes(plan: LayerPlan, codecs: Mapping[Kind, Sequence[Codec]], tokens: int, itemsize: int) -> float:
-    """Bytes of one row of a layer after a prompt of so many tokens, with these codecs of its heads (docs/cache.md).
-
-    Windows, scales, positions and read-outs are counted; growth space is not.
-    """
+def _of_codecs(plan: LayerPlan, codecs: Mapping[Kind, Sequence[Codec]], tokens: int, itemsize: int) -> float:
     of_heads = sum(_held(plan, kind, codec, tokens, itemsize) for kind, each in codecs.items() for codec in each)
     parts = {tuple(codec.signature() for codec in head) for head in zip(*codecs.values(), strict=True)}
     return of_heads + 8 * len(parts) + _positions(plan, tokens)

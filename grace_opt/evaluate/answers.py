@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ from grace_opt.errors import InputError
 from grace_opt.evaluate.capture import Captured, capture, dense, extended
 from grace_opt.evaluate.measurements import Measurements, key_of
 from grace_opt.evaluate.replay import greedy_tokens
-from grace_opt.evaluate.statistics import Interval, bootstrap_mean, interval_record, paired, rate
+from grace_opt.evaluate.statistics import Interval, bootstrap_mean, paired, rate
 from grace_opt.evaluate.tasks.base import PROTOCOLS, Family, Prompt, Question, Rendered, rendered
 from grace_opt.evaluate.trial import Trial
-from grace_opt.models.config import config_sha256, text_config
+from grace_opt.models.config import config_sha256, context_of
 from grace_opt.runtime.cache import cache_nbytes
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def asked(family: Family, prompts: Sequence[Prompt], tokenizer: Any, chat: bool)
 
 def require_context(model: PreTrainedModel, lengths: Sequence[int]) -> None:
     """Raise InputError for prompts longer than the model's context; generated tokens are within their length."""
-    context = getattr(text_config(model.config), "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and max(lengths, default=0) > context:
         raise InputError(f"{max(lengths)} tokens are more than the model's context of {context}; make them shorter")
 
@@ -203,7 +203,7 @@ def _task_records(
             "task": name,
             "tasks": [rows[0]["task"] for rows in of_trial],
             "prompts": len(scores[at]),
-            "score": interval_record(_interval(scores[at], seed)),
+            "score": asdict(_interval(scores[at], seed)),
             "full_score": float(scores[0].mean()),
             "solved": bool(scores[0].mean() >= SOLVED),
             "bytes_per_token": float(np.mean([record["bytes"] / record["tokens"] for record in flat])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,10 @@ from grace_opt.evaluate.capture import Captured, capture, dense
 from grace_opt.evaluate.documents import Document, Passages, passages
 from grace_opt.evaluate.measurements import Measurements, key_of
 from grace_opt.evaluate.replay import log_probabilities
-from grace_opt.evaluate.statistics import bootstrap_mean, interval_record, paired
+from grace_opt.evaluate.statistics import bootstrap_mean, paired
 from grace_opt.evaluate.trial import Trial
 from grace_opt.heads import KINDS
-from grace_opt.models.config import config_sha256, text_config
+from grace_opt.models.config import config_sha256, context_of
 from grace_opt.runtime.cache import cache_nbytes
 
 if TYPE_CHECKING:
@@ -33,22 +34,18 @@ def prompts(
     model: PreTrainedModel,
     tokenizer: Any,
     texts: Sequence[Document],
-    prefix: int | None,
+    prefix: int,
     scored: int,
     documents: int,
 ) -> Passages:
-    """Passages of the first documents that are long enough.
-
-    ``prefix`` None: 2048 tokens, or as many as the model's context leaves. Raises InputError for what does not fit.
-    """
-    context = getattr(text_config(model.config), "max_position_embeddings", None)
-    length = prefix if prefix is not None else min(2048, (context or 2048 + scored) - scored)
-    if context is not None and length + scored > context:
+    """Passages of the first documents that are long enough. Raises InputError for what does not fit the context."""
+    context = context_of(model.config)
+    if context is not None and prefix + scored > context:
         raise InputError(
-            f"{length + scored} tokens ({length} of the prompt, {scored} scored) are more than the model's context of "
+            f"{prefix + scored} tokens ({prefix} of the prompt, {scored} scored) are more than the model's context of "
             f"{context}; make the prompts shorter"
         )
-    return passages(texts, tokenizer, length, scored, documents)
+    return passages(texts, tokenizer, prefix, scored, documents)
 
 
 def evaluate(
@@ -154,8 +151,8 @@ def _record(trial: Trial, measured: Sequence[Record], rival: Sequence[Record], c
     return {
         "task": "kl",
         **trial.asked(),
-        "kl": interval_record(bootstrap_mean(documents, seed=seed)),
-        "nll": interval_record(bootstrap_mean([each["nll"] for each in measured], seed=seed)),
+        "kl": asdict(bootstrap_mean(documents, seed=seed)),
+        "nll": asdict(bootstrap_mean([each["nll"] for each in measured], seed=seed)),
         "top1": float(np.mean([each["top1"] for each in measured])),
         "bytes_per_token": float(np.mean([each["bytes"] / chosen.prefix for each in measured])),
         "full_bytes_per_token": about["full_bytes"] / chosen.prefix,
@@ -189,6 +186,6 @@ def _by_position(kl: np.ndarray, seed: int) -> list[Record]:
     """KL float64[documents, scored] in equal spans of positions after the prefix."""
     edges = np.unique(np.linspace(0, kl.shape[1], POSITION_BINS + 1).astype(int))
     return [
-        {"from": int(a), "to": int(b), **interval_record(bootstrap_mean(kl[:, a:b].mean(1), seed=seed))}
+        {"from": int(a), "to": int(b), **asdict(bootstrap_mean(kl[:, a:b].mean(1), seed=seed))}
         for a, b in pairwise(edges)
     ]

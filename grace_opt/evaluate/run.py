@@ -14,7 +14,7 @@ from grace_opt.evaluate.measurements import Measurements
 from grace_opt.evaluate.tasks import find
 from grace_opt.evaluate.tasks.base import Family, uses_chat
 from grace_opt.evaluate.trial import Trial
-from grace_opt.models.config import text_config
+from grace_opt.models.config import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def run(
     cannot do.
     """
     known = measurements or Measurements()
-    context = getattr(text_config(model.config), "max_position_embeddings", None)
+    context = context_of(model.config)
     lengths = sorted(plan.lengths) or [min(LENGTH, (context or LENGTH + plan.scored) - plan.scored)]
     found = []
     if "kl" in plan.tasks:

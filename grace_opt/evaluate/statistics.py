@@ -23,11 +23,6 @@ class Interval:
     high: float | None
 
 
-def interval_record(interval: Interval) -> dict[str, float | None]:
-    """As records have it."""
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
-
-
 @dataclass(frozen=True)
 class Paired:
     """The mean of a - b over the same documents with its interval, and the p-value of "a and b are alike"."""

@@ -13,7 +13,7 @@ from grace_opt.errors import InputError, shown
 from grace_opt.evaluate.documents import Document, passages
 from grace_opt.export.target import TARGETS, Checked, Record, Source, Target
 from grace_opt.files import check_new, file_sha256, new_folder, write_json
-from grace_opt.models.config import config_sha256, text_config
+from grace_opt.models.config import config_sha256, context_of
 from grace_opt.models.texts import prose
 from grace_opt.reading import read_json
 from grace_opt.versions import distribution_version
@@ -87,7 +87,7 @@ def export(
     if not kl_limit > 0:
         raise InputError(f"the limit of KL must be above 0, got {kl_limit:g}; give infinity to refuse nothing")
     found = [Document("prose", "".join(prose()), cut=True)] if texts is None else list(texts)
-    context = getattr(text_config(model.config), "max_position_embeddings", None) or prefix + scored
+    context = context_of(model.config) or prefix + scored
     chosen = passages(found, tokenizer, min(prefix, context - scored), scored, documents)
     source = Source(given, model, tokenizer, called, chosen)
     progress("measure")

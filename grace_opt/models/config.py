@@ -31,6 +31,11 @@ def stated(config: Any, name: str) -> Any:
         return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
+def context_of(config: Any) -> int | None:
+    """How many tokens the model was made for; None if the configuration does not say."""
+    return getattr(text_config(config), "max_position_embeddings", None)
+
+
 def config_sha256(config: Any) -> str:
     """sha256 (hex) of the fields that shape keys and queries, RoPE included; the same for most fine-tunes."""
     return _sha256(config, by_kind=True)

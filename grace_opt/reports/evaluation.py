@@ -10,35 +10,11 @@ from typing import Any
 
 from grace_opt.files import write_text
 from grace_opt.reports import figures, score_figures
-from grace_opt.reports.report import page_part
+from grace_opt.reports.report import filled, page_part
 from grace_opt.reports.tables import quality_row, score_row
 
 Record = Mapping[str, Any]
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
-form-action 'none'; base-uri 'none'">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-{css}
-img {{ max-width: 100%; height: auto; background: #ffffff; border-radius: 6px; }}
-</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-<dl>{facts}</dl>
-{sections}
-</main>
-</body>
-</html>
-"""
 _ABOUT_SCORES = (
     "Scores in percent with 95 % intervals over prompts; bytes are all that the cache holds, in percent of the "
     "uncompressed cache. query-aware: the question was compressed with its context; context-only: it came after. A "
@@ -73,13 +49,13 @@ def write(records: Sequence[Record], folder: str | Path, run: Mapping[str, Any])
         if tables[name]
     ]
     models = ", ".join(sorted({str(record["model"]) for record in records}))
-    page = _PAGE.format(
-        title=escape(f"Evaluation of {models}"),
-        css=page_part("report.css"),
-        facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in run.items()),
-        sections="\n".join(sections),
-    )
-    write_text(folder / "report.html", page)
+    parts = {
+        "TITLE": escape(f"Evaluation of {models}"),
+        "CSS": page_part("report.css"),
+        "FACTS": "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in run.items()),
+        "SECTIONS": "\n".join(sections),
+    }
+    write_text(folder / "report.html", filled("evaluation.html", parts))
     return [path for of in pictures.values() for path in of]
 
 

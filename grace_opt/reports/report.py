@@ -69,7 +69,12 @@ def write_report(
         "SECTIONS": page_part("sections.html"),
         "JS": page_part("report.js"),
     }
-    write_text(path, re.sub(r"@@([A-Z]+)@@", lambda match: parts[match[1]], page_part("report.html")))
+    write_text(path, filled("report.html", parts))
+
+
+def filled(name: str, parts: Mapping[str, str]) -> str:
+    """A page of the package's assets with its parts in their places."""
+    return re.sub(r"@@([A-Z]+)@@", lambda match: parts[match[1]], page_part(name))
 
 
 def page_part(name: str) -> str:

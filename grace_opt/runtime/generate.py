@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from grace_opt.compression.plan import CachePlan
 from grace_opt.errors import InputError
+from grace_opt.models.config import context_of
 from grace_opt.models.inputs import input_device, require_rows
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def kl_per_token(reference: Tensor, other: Tensor) -> Tensor:
 
 def check_context(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
     """Raise InputError if prompt and new tokens do not fit the model's context."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_of(model.config)
     if longest and prompt_tokens + new_tokens > longest:
         raise InputError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit the model's context of {longest}; "
