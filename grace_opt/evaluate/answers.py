@@ -178,8 +178,7 @@ def records(measured: Sequence[Record], trials: Sequence[Trial], *, seed: int = 
     found = [
         record for (_, task, *_), rows in by_place.items() for record in _task_records(task, [rows], budgets, seed)
     ]
-    places = sorted({(family, length, protocol) for family, _, length, protocol in by_place}, key=str)
-    for family, length, protocol in places:
+    for family, length, protocol in dict.fromkeys((of, long, how) for of, _, long, how in by_place):
         tasks = {
             task: rows
             for (of, task, long, how), rows in by_place.items()

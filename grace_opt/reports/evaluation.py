@@ -74,7 +74,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     body = "\n".join(
         "<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row.values()) + "</tr>" for row in rows
     )
-    return f"<div class='table'><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return f"<div class='scroll' tabindex='0'>{table}</div>"
 
 
 def _picture(path: Path, folder: Path) -> str:

@@ -61,7 +61,7 @@ def scores(records: Sequence[Record]) -> Figure:
     figure = new_figure(max(4.5, WIDTH * columns / PANELS), 0.8 + 2.1 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     compressed = [record for record in records if record["method"] != "full"]
-    for axes, task in zip(panels, tasks, strict=False):
+    for i, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
         of_task = [record for record in records if record["task"] == task]
         axes.axhline(100 * of_task[0]["full_score"], linestyle="--", color="gray", linewidth=1, label="uncompressed")
         for label, style in styles_of(compressed).items():
@@ -74,9 +74,11 @@ def scores(records: Sequence[Record]) -> Figure:
                 axes.vlines(x[known], low[known], high[known], color=style["color"], linewidth=1, alpha=0.6)
         axes.set_title(task if of_task[0]["solved"] else f"{task} (not solved)", fontsize=9)
         axes.set_ylim(-3, 103)
+        if lowest := i + columns >= len(tasks):
+            axes.set_xlabel("bytes held, %", fontsize=9)
+        axes.tick_params(labelbottom=lowest)
     for axes in panels[len(tasks) :]:
         axes.remove()
-    figure.supxlabel("bytes held, % of the uncompressed cache", fontsize=10)
     figure.supylabel("score, %", fontsize=10)
     figure.suptitle(f"{records[0]['protocol']}, {records[0]['length']} tokens", fontsize=11)
     finish(figure)

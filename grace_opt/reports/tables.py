@@ -95,7 +95,7 @@ def score_row(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _budget(record: Mapping[str, Any]) -> str:
     if record["budget_share"] is not None:
-        return f"{record['budget_share']:g} of the bytes"
+        return f"share {record['budget_share']:g}"
     if record["budget_bytes"] is not None:
         return f"{record['budget_bytes']:g} B"
     return f"ratio {record['ratio']:g}" + (f", values {record['value_ratio']:g}" if record["value_ratio"] else "")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from grace_opt.reports import figures
+from grace_opt.reports import evaluation, figures
+from tests.reports.test_score_figures import grid
 from tests.support.browser import chromium, context_of
 from tests.support.setting import Setting
 
@@ -166,6 +167,15 @@ def test_no_page_is_wider_than_the_screen(page: Page, setting: Setting, width: i
             ".filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 99))"
         )
         assert cut == [], path
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_of_an_evaluation_is_not_either(page: Page, tmp_path: Path, width: int) -> None:
+    evaluation.write(grid(task="ruler/niah_multikey_1"), tmp_path, {"command": "grace-opt evaluate " + "x" * 300})
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.locator("img").count() == 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_times_say_their_zone_and_counts_what_they_count(page: Page, setting: Setting) -> None:
