@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,6 +105,7 @@ def evaluate(
     from grace_opt.files import check_writable
     from grace_opt.records import Measurement
     from grace_opt.records_file import RecordsFile
+    from grace_opt.reports import leaderboard
     from grace_opt.reports.tables import quality_row, score_row
     from grace_opt.versions import versions_of
 
@@ -128,7 +130,10 @@ def evaluate(
         nullcontext() if place is None else RecordsFile(place, Measurement, talk.say) as file,
         progress(talk.quiet) as show,
     ):
-        records = run(loaded, tokenizer, planned, plan, Measurements(file), show, talk.say)
+        keep: dict[str, Any] = {}
+        if output is not None:
+            keep["keep"] = partial(leaderboard.write, folder=output / "kvpress", model=model, seed=seed)
+        records = run(loaded, tokenizer, planned, plan, Measurements(file), show, talk.say, **keep)
     records = [{"model": model, **record} for record in records]
     kl = [record for record in records if record["task"] == "kl"]
     answered = [record for record in records if record["task"] != "kl"]

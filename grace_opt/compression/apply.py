@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_opt.compression.budget import Budget, allot, within_share
+from grace_opt.compression.budget import Allotment, Budget, within_share
 from grace_opt.compression.channels import Channels
 from grace_opt.compression.codec import Codec, stacked
 from grace_opt.compression.integers import as_integers
@@ -42,26 +42,28 @@ def apply(method: Method, layers: Mapping[int, Observed], budget: Budget) -> Cac
     left to the cache, which fits them to the tokens that it stores. Raises InputError for a budget that the floors, or
     the protected channels, do not allow.
     """
-    if budget.share is None:
-        return _applied(method, layers, budget, method.selection.solver)
-    itemsize = next(iter(layers.values())).keys.element_size()
-    full = sum(states.nbytes for seen in layers.values() for states in (seen.keys, seen.values))
+    allotment = _allotment(method, layers, budget)
+    if budget.share is not None:
+        itemsize = next(iter(layers.values())).keys.element_size()
+        full = sum(states.nbytes for seen in layers.values() for states in (seen.keys, seen.values))
 
-    def held(tried: Budget) -> float:
-        plan = _applied(method, layers, tried, None)
-        return sum(
-            held_bytes(plan.layers[i], _shapes(each), each.keys.shape[1], itemsize) for i, each in layers.items()
-        )
+        def held(tried: Budget) -> float:
+            plan = _applied(method, layers, tried, allotment, None)
+            return sum(
+                held_bytes(plan.layers[i], _shapes(each), each.keys.shape[1], itemsize) for i, each in layers.items()
+            )
 
-    tried = within_share(budget.share, held, _whole(method, layers), full)
-    return _applied(method, layers, tried, method.selection.solver)
+        budget = within_share(budget, held, _whole(method, layers), full)
+    return _applied(method, layers, budget, allotment, method.selection.solver)
 
 
-def _applied(method: Method, layers: Mapping[int, Observed], budget: Budget, solver: str | None) -> CachePlan:
+def _applied(
+    method: Method, layers: Mapping[int, Observed], budget: Budget, allotment: Allotment | None, solver: str | None
+) -> CachePlan:
     """``solver`` None: any channels, as many as the budget says; the plan says what the cache will hold."""
     tokens = _token_rule(method, layers, budget)
     codecs: dict[int, dict[Kind, list[Codec]]] = {i: {} for i in layers}
-    for kind, keeps in _kept_channels(method, layers, budget, solver).items():
+    for kind, keeps in _kept_channels(method, layers, budget, allotment, solver).items():
         for i, seen in layers.items():
             codecs[i][kind] = _codecs(method, seen, kind, keeps[i])
     return CachePlan({i: _layer_plan(method, i, codecs[i], tokens) for i in layers})
@@ -154,30 +156,36 @@ def _share(method: Method, budget: Budget) -> float:
     return method.token_share if method.token_share is not None else 1 - (budget.ratio + budget.value_ratio) / 2
 
 
+def _allotment(method: Method, layers: Mapping[int, Observed], budget: Budget) -> Allotment | None:
+    """Of what the budget prunes; None where nothing is chosen by channels."""
+    if method.codec == "whole":
+        return None
+    make = _problems if CODECS[method.codec].selects or method.sharing.budget == "shared" else _sizes
+    problems: dict[Kind, list[SubsetProblem]] = {
+        kind: [problem for i, each in layers.items() for problem in make(method, i, each, kind)]
+        for kind in KINDS
+        if budget.prunes(kind) or method.bits(kind)
+    }
+    seen = next(iter(layers.values()))
+    costs, whole = method.channel_bytes(seen.keys.element_size()), _whole(method, layers)
+    return Allotment(problems, method.sharing, queries=seen.grouped.shape[1], costs=costs, whole=whole)
+
+
 def _kept_channels(
-    method: Method, layers: Mapping[int, Observed], budget: Budget, solver: str | None
+    method: Method, layers: Mapping[int, Observed], budget: Budget, allotment: Allotment | None, solver: str | None
 ) -> dict[Kind, dict[int, list[IntArray]]]:
     """Kind -> layer -> kept channels int64[d] of each KV head (for other codecs than channels, d numbers)."""
-    if method.codec == "whole":
+    if allotment is None:
         return {
             kind: {i: [np.arange(n)] * heads for i, seen in layers.items() for heads, n in [_shapes(seen)[kind]]}
             for kind in KINDS
             if method.bits(kind)
         }
-    selects = CODECS[method.codec].selects
-    problems: dict[Kind, list[SubsetProblem]] = {}
-    measured = selects or method.sharing.budget == "shared"
-    for kind in KINDS:
-        if budget.prunes(kind) or method.bits(kind):
-            make = _problems if measured else _sizes
-            problems[kind] = [problem for i, each in layers.items() for problem in make(method, i, each, kind)]
-    seen = next(iter(layers.values()))
-    costs, whole = method.channel_bytes(seen.keys.element_size()), _whole(method, layers)
-    prunes = allot(problems, budget, method.sharing, queries=seen.grouped.shape[1], costs=costs, whole=whole)
+    prunes = allotment.of(budget)
     kept: dict[Kind, dict[int, list[IntArray]]] = {}
-    for kind, heads in problems.items():
-        ready = [replace(problem, prune=m) for problem, m in zip(heads, prunes[kind], strict=True)]
-        if selects and solver is not None:
+    for kind, heads in allotment.problems.items():
+        if CODECS[method.codec].selects and solver is not None:
+            ready = [replace(problem, prune=m) for problem, m in zip(heads, prunes[kind], strict=True)]
             solved = [kept_of(solution) for solution in solve_many(ready, solver)]
         else:
             solved = [np.arange(m, problem.n) for problem, m in zip(heads, prunes[kind], strict=True)]
@@ -226,9 +234,7 @@ def _problems(method: Method, layer: int, seen: Observed, kind: Kind) -> list[Su
     counted = seen if selection.prunable_only else seen.all_tokens
     protected = _salient(method, [counted], kind)
     name = selection.objective if kind == "key" else selection.value_objective
-    if name not in counted.graphs:
-        counted.graphs[name] = _objective(method, kind)(counted).cpu().numpy()
-    weights: FloatArray = counted.graphs[name]
+    weights: FloatArray = counted.once(("graph", kind, name), lambda: _objective(method, kind)(counted).cpu().numpy())
     return [
         SubsetProblem(w, 0, None if protected is None else protected[0, h], name=str(HeadName(layer, h, kind)))
         for h, w in enumerate(weights)

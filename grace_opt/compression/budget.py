@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -95,92 +94,126 @@ class Sharing:
             )
 
 
-def allot(
-    problems: Mapping[Kind, Sequence[SubsetProblem]],
-    budget: Budget,
-    sharing: Sharing,
-    *,
-    queries: int,
-    costs: Mapping[Kind, float],
-    whole: float,
-) -> dict[Kind, list[int]]:
-    """How many channels each head prunes: kind -> one number a problem.
+class Allotment:
+    """How many channels each head prunes, under any budget; what no budget changes is computed once.
 
-    A kind's problems are all heads of all layers, in order, named as in a graph bundle, with nothing to prune yet.
-    ``queries`` is how many queries W counts for; ``costs`` the bytes of one channel of a token, and ``whole`` those of
-    a token with nothing pruned, for a budget in bytes. Raises InputError for a budget that floors or protection do not
-    allow, or a share.
+    Args:
+        problems: kind -> all heads of all layers, in order, named as in a graph bundle, with nothing to prune yet.
+        queries: how many queries W counts for.
+        costs: bytes of one channel of a token; ``whole``: of a token with nothing pruned. For budgets in bytes.
     """
-    budget.require_no_share("an allotment")
-    units = {kind: math.lcm(sharing.align, _tied(heads)) for kind, heads in problems.items()}
-    if sharing.budget == "uniform":
-        if budget.bytes_per_token is None:
-            up = sharing.rounding == "ceil"
-            # A head with less to prune is refused when its problem is made.
-            return {
-                kind: [prune_count(budget.of(kind), p.n, up=up, align=units[kind]) for p in heads]
-                for kind, heads in problems.items()
-            }
-        ratio = max(
-            0.0,
-            (whole - budget.bytes_per_token)
-            / sum(costs[kind] * sum(p.n for p in heads) for kind, heads in problems.items()),
-        )
+
+    def __init__(
+        self,
+        problems: Mapping[Kind, Sequence[SubsetProblem]],
+        sharing: Sharing,
+        *,
+        queries: int,
+        costs: Mapping[Kind, float],
+        whole: float,
+    ) -> None:
+        self.problems, self._sharing, self._queries = problems, sharing, queries
+        self._costs, self._whole = costs, whole
+        self._units = {kind: math.lcm(sharing.align, _tied(heads)) for kind, heads in problems.items()}
+
+    def of(self, budget: Budget) -> dict[Kind, list[int]]:
+        """Kind -> what each of its problems prunes.
+
+        Raises InputError for a budget that floors or protection do not allow, or a share.
+        """
+        budget.require_no_share("an allotment")
+        if self._sharing.budget == "shared":
+            return self._shared(budget)
+        return self._uniform_ratios(budget) if budget.bytes_per_token is None else self._uniform(budget.bytes_per_token)
+
+    def _uniform_ratios(self, budget: Budget) -> dict[Kind, list[int]]:
+        up = self._sharing.rounding == "ceil"  # a head with less to prune is refused when its problem is made
+        return {
+            kind: [prune_count(budget.of(kind), p.n, up=up, align=self._units[kind]) for p in heads]
+            for kind, heads in self.problems.items()
+        }
+
+    def _uniform(self, asked: float) -> dict[Kind, list[int]]:
+        prunable = sum(self._costs[kind] * sum(p.n for p in heads) for kind, heads in self.problems.items())
+        ratio = max(0.0, (self._whole - asked) / prunable)
         prunes = {
-            kind: [prune_count(ratio, p.n, up=True, align=units[kind]) for p in heads]
-            for kind, heads in problems.items()
+            kind: [prune_count(ratio, p.n, up=True, align=self._units[kind]) for p in heads]
+            for kind, heads in self.problems.items()
         }
         too_much = (
             m > p.prunable or p.n - m > (1 - ratio) * p.n + 1e-9
-            for kind, heads in problems.items()
+            for kind, heads in self.problems.items()
             for m, p in zip(prunes[kind], heads, strict=True)
         )
         if any(too_much):
-            most = min(min(p.prunable, p.n - 1) / p.n for heads in problems.values() for p in heads)
-            least = whole - most * (whole - budget.bytes_per_token) / ratio
+            most = min(min(p.prunable, p.n - 1) / p.n for heads in self.problems.values() for p in heads)
+            least = self._whole - most * (self._whole - asked) / ratio
             raise InputError(
-                f"an old token takes at least {math.ceil(least)} of {whole:g} bytes if every head prunes the same, and "
-                f"{budget.bytes_per_token:g} is asked for; raise the budget, prune values too or protect fewer channels"
+                f"an old token takes at least {math.ceil(least)} of {self._whole:g} bytes if every head prunes the "
+                f"same, and {asked:g} is asked for; raise the budget, prune values too or protect fewer channels"
             )
         return prunes
-    for kind, heads in problems.items():
-        if heads[0].n % units[kind]:
-            raise InputError(f"heads of {heads[0].n} channels cannot keep multiples of {units[kind]}; change align")
-    curves = {kind: _comparable(heads, kind, queries) for kind, heads in problems.items()}
-    share = partial(shared, floor=sharing.floor)
-    if budget.bytes_per_token is None:
-        totals = {kind: sum(p.n for p in heads) * budget.of(kind) for kind, heads in problems.items()}
+
+    def _shared(self, budget: Budget) -> dict[Kind, list[int]]:
+        if budget.bytes_per_token is None:
+            totals = {kind: sum(p.n for p in heads) * budget.of(kind) for kind, heads in self.problems.items()}
+            return {kind: self._of_kind[kind].at_least(math.floor(total + 1e-9)) for kind, total in totals.items()}
+        pruned = iter(self._in_bytes.at_least(self._whole - budget.bytes_per_token))
+        return {kind: [next(pruned) for _ in heads] for kind, heads in self.problems.items()}
+
+    @cached_property
+    def _curves(self) -> dict[Kind, list[FloatArray]]:
+        for kind, heads in self.problems.items():
+            if heads[0].n % self._units[kind]:
+                raise InputError(
+                    f"heads of {heads[0].n} channels cannot keep multiples of {self._units[kind]}; change align"
+                )
+        return {kind: _comparable(heads, kind, self._queries) for kind, heads in self.problems.items()}
+
+    @cached_property
+    def _of_kind(self) -> dict[Kind, Savings]:
+        """What keys, and values, save in channels."""
         return {
-            kind: share(curves[kind], math.floor(total + 1e-9), align=units[kind], sizes=[p.n for p in problems[kind]])
-            for kind, total in totals.items()
+            kind: Savings(
+                self._curves[kind], floor=self._sharing.floor, align=self._units[kind], sizes=[p.n for p in heads]
+            )
+            for kind, heads in self.problems.items()
         }
-    flat = [(kind, curve) for kind, each in curves.items() for curve in each]
-    pruned = share(
-        [sharing.value_weight * curve if kind == "value" else curve for kind, curve in flat],
-        whole - budget.bytes_per_token,
-        align=math.lcm(*units.values()),
-        costs=[costs[kind] for kind, _ in flat],
-        whole=whole,
-        sizes=[problem.n for heads in problems.values() for problem in heads],
-    )
-    return {kind: [m for (of, _), m in zip(flat, pruned, strict=True) if of == kind] for kind in problems}
+
+    @cached_property
+    def _in_bytes(self) -> Savings:
+        """What both save in bytes."""
+        weights = {"key": 1.0, "value": self._sharing.value_weight}
+        return Savings(
+            [weights[kind] * curve for kind, each in self._curves.items() for curve in each],
+            floor=self._sharing.floor,
+            align=math.lcm(*self._units.values()),
+            costs=[self._costs[kind] for kind, heads in self.problems.items() for _ in heads],
+            whole=self._whole,
+            sizes=[p.n for heads in self.problems.values() for p in heads],
+        )
 
 
-def within_share(share: float, held: Callable[[Budget], float], whole: float, full: float) -> Budget:
-    """The largest budget in bytes with which a prompt's cache holds at most ``share`` of ``full`` bytes.
+def within_share(asked: Budget, held: Callable[[Budget], float], whole: float, full: float) -> Budget:
+    """The largest budget in bytes with which a prompt's cache holds at most the share that is asked for of ``full``.
 
     ``held``: the bytes of the cache under a budget, which grow with it; ``whole`` those of a token with nothing pruned.
     The steps of the answer are ``whole`` / 2**12. Raises ShareError, with the least share, if none is that small.
     """
-    most = share * full
-    high = Budget(bytes_per_token=whole)
+    assert asked.share is not None
+    most = asked.share * full
+
+    def in_bytes(bytes_per_token: float) -> Budget:
+        return replace(asked, share=None, bytes_per_token=bytes_per_token)
+
+    high = in_bytes(whole)
     if (least := held(high)) <= most:
         return high
     low, fits = 0, None
     top = 1 << 12
     while top - low > 1:
         middle = (low + top) // 2
-        tried = Budget(bytes_per_token=whole * middle / (1 << 12))
+        tried = in_bytes(whole * middle / (1 << 12))
         try:
             bytes_held = held(tried)
         except InputError:  # below what floors or protection allow
@@ -193,7 +226,7 @@ def within_share(share: float, held: Callable[[Budget], float], whole: float, fu
     if fits is None:
         raise ShareError(
             f"the method holds at least {math.ceil(1000 * least / full) / 1000:g} of the uncompressed bytes of such a "
-            f"prompt, with windows, scales and read-outs, and {share:g} is asked for; raise the share, lower the "
+            f"prompt, with windows, scales and read-outs, and {asked.share:g} is asked for; raise the share, lower the "
             "method's floor or windows, or give longer prompts"
         )
     return fits
@@ -220,55 +253,58 @@ def _comparable(problems: Sequence[SubsetProblem], kind: Kind, queries: int) -> 
     return [curve / (totals[layer] or 1.0) for layer, curve in zip(layers, curves, strict=True)]
 
 
-def shared(
-    curves: Sequence[FloatArray],
-    total: float,
-    *,
-    floor: int = 0,
-    align: int = 1,
-    costs: Sequence[float] | None = None,
-    whole: float | None = None,
-    sizes: Sequence[int] | None = None,
-) -> list[int]:
-    """How many channels each head prunes so that ``total`` are saved in all, at little error.
+class Savings:
+    """What pruning saves, channel by channel of all heads, in the order of the error for it.
 
     ``curves[h][m]`` is the error of head h with m channels pruned, m = 0 .. the most it can prune; only the lower
     convex hull of a curve matters. Each head keeps at least ``floor`` channels and prunes a multiple of ``align``.
-    ``costs`` are what pruning one channel of each head saves (1 if left out), in the unit of ``total``; ``sizes`` the
-    heads' channels, where protected ones end a curve early; ``whole`` what there is with nothing pruned, for the
-    message.
-
-    Channels are pruned, ``align`` at a time, where the marginal error for what is saved is least: exact for convex
-    curves and equal costs (Fox, Operations Research 14, 1966). At least ``total`` is saved, and less than one step
-    more. O(heads n log heads). Raises InputError if the floors leave too little to prune, and says how much.
+    ``costs`` are what pruning one channel of each head saves (1 if left out); ``sizes`` the heads' channels, where
+    protected ones end a curve early; ``whole`` what there is with nothing pruned, for the message. O(heads n log).
     """
-    each = [1.0] * len(curves) if costs is None else list(costs)
-    sizes = [len(curve) - 1 for curve in curves] if sizes is None else sizes
-    most = [
-        align * max(0, min(len(curve) - 1, size - floor) // align) for curve, size in zip(curves, sizes, strict=True)
-    ]
-    possible = sum(cost * limit for cost, limit in zip(each, most, strict=True))
-    if total > possible * (1 + 1e-12):
-        if whole is None:
-            whole = float(sum(sizes))
-        raise InputError(
-            f"the budget is below the floors: {len(curves)} heads that keep at least {floor} channels each, in "
-            f"multiples of {align}, take at least {whole - possible:g} of {whole:g}, and {whole - total:g} is asked "
-            "for; raise the budget or lower the floor"
-        )
-    pruned = [0] * len(curves)
-    slopes = [_hull_slopes(curve[: limit + 1 : align]) for curve, limit in zip(curves, most, strict=True)]
-    heap = [(float(slope[0]) / each[head], head) for head, slope in enumerate(slopes) if len(slope)]
-    heapq.heapify(heap)
-    saved = 0.0
-    while saved < total * (1 - 1e-12) and heap:
-        _, head = heapq.heappop(heap)
-        pruned[head] += align
-        saved += align * each[head]
-        step = pruned[head] // align
-        if step < len(slopes[head]):
-            heapq.heappush(heap, (float(slopes[head][step]) / each[head], head))
-    return pruned
+
+    def __init__(
+        self,
+        curves: Sequence[FloatArray],
+        *,
+        floor: int = 0,
+        align: int = 1,
+        costs: Sequence[float] | None = None,
+        whole: float | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        each = np.ones(len(curves)) if costs is None else np.array(costs, dtype=float)
+        sizes = [len(curve) - 1 for curve in curves] if sizes is None else sizes
+        most = [
+            align * max(0, min(len(curve) - 1, size - floor) // align)
+            for curve, size in zip(curves, sizes, strict=True)
+        ]
+        self._floor, self._align, self._count = floor, align, len(curves)
+        self._possible = float(each @ most)
+        self._whole = float(sum(sizes)) if whole is None else whole
+        slopes = [_hull_slopes(curve[: limit + 1 : align]) for curve, limit in zip(curves, most, strict=True)]
+        heads = np.repeat(np.arange(len(slopes)), list(map(len, slopes)))
+        # Stable, so that steps of one head stay in their order.
+        order = np.lexsort((heads, np.concatenate(slopes) / each[heads]))
+        self._heads = heads[order]  # whose step comes when
+        self._saved = np.cumsum(align * each[self._heads])
+
+    def at_least(self, total: float) -> list[int]:
+        """How many channels each head prunes so that ``total`` is saved, and less than one step more, at little error.
+
+        Channels are pruned, ``align`` at a time, where the marginal error for what is saved is least: exact for convex
+        curves and equal costs (Fox, Operations Research 14, 1966). Raises InputError if the floors leave too little to
+        prune, and says how much. O(log(heads n) + heads).
+        """
+        if total > self._possible * (1 + 1e-12):
+            least, asked = self._whole - self._possible, self._whole - total
+            raise InputError(
+                f"the budget is below the floors: {self._count} heads that keep at least {self._floor} channels each, "
+                f"in multiples of {self._align}, take at least {least:g} of {self._whole:g}, and {asked:g} is asked "
+                "for; raise the budget or lower the floor"
+            )
+        steps = 0 if total <= 0 else 1 + int(np.searchsorted(self._saved, total * (1 - 1e-12)))
+        pruned: list[int] = (self._align * np.bincount(self._heads[:steps], minlength=self._count)).tolist()
+        return pruned
 
 
 def error_curves(problems: Sequence[SubsetProblem]) -> list[FloatArray]:
@@ -307,4 +343,6 @@ def _hull_slopes(curve: FloatArray) -> FloatArray:
             corners.pop()
         corners.append(i)
     lengths = np.diff(corners)
-    return np.repeat(np.diff(curve[corners]) / lengths, lengths)
+    slopes = np.diff(curve[corners]) / lengths
+    # Rounding may turn two equal ones round.
+    return np.repeat(np.maximum.accumulate(slopes), lengths) if len(slopes) else slopes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from grace_opt.compression import method as methods
-from grace_opt.compression.budget import Budget, allot, within_share
+from grace_opt.compression.budget import Allotment, Budget, within_share
 from grace_opt.compression.method import METHODS, Method, Windows
 from grace_opt.compression.plugins import CODECS
 from grace_opt.compression.readout import READOUT_SCOPES, ReadoutRecipe, bundle_moments, fit
@@ -65,48 +65,50 @@ def problems_of(
     measured = {head.kind for head in bundle.heads}
     if not any(budget.prunes(kind) for kind in measured) and any(budget.prunes(kind) for kind in KINDS):
         raise InputError("the bundle has no graphs of what is to be pruned; calibrate with --value-objective output")
+    pruned = _Pruned(bundle, method, budget, plain)
     if budget.share is None:
-        return _problems(bundle, method, budget, plain)
+        return pruned.by(budget)
     from grace_opt.compression.pays import held_bytes
 
     windows, recipe = _windows(bundle, method, recent_window, sinks), _recipe(method, readout_scope)
     shapes, layers = _shapes(bundle), {head.layer for head in bundle.heads}
-    asked = replace(budget, share=None)
 
     def held(tried: Budget) -> float:
-        problems = _problems(bundle, method, replace(asked, bytes_per_token=tried.bytes_per_token), plain)
+        problems = pruned.by(tried)
         widths = [(head, problem.n - problem.prune) for head, problem in zip(bundle.heads, problems, strict=True)]
         plans = _sized_plans(widths, method, windows, recipe, static=readout_scope == "static")
         return sum(held_bytes(plan, shapes, budget.tokens, ITEMSIZE) for plan in plans)
 
     full = budget.tokens * len(layers) * ITEMSIZE * sum(map(math.prod, shapes.values()))
-    tried = within_share(budget.share, held, _whole(bundle, method), full)
-    return _problems(bundle, method, replace(asked, bytes_per_token=tried.bytes_per_token), plain)
+    return pruned.by(within_share(budget, held, _whole(bundle, method), full))
 
 
-def _problems(
-    bundle: GraphBundle, method: Method, budget: Budget, plain: Sequence[SubsetProblem]
-) -> list[SubsetProblem]:
-    """`problems_of` of a budget that is no share, from the problems with nothing to prune."""
-    problems: dict[Kind, list[SubsetProblem]] = {}
-    for head, problem in zip(bundle.heads, plain, strict=True):
-        if budget.bytes_per_token is None or budget.prunes(head.kind):
-            problems.setdefault(head.kind, []).append(problem)
-    kv_heads = _shapes(bundle)["key"][0]
-    group = max(1, bundle.integer("num_attention_heads", kv_heads) // kv_heads)
-    prunes = allot(
-        problems,
-        budget,
-        method.sharing,
-        queries=group * bundle.integer("observation_window", 32, least=1),
-        costs=method.channel_bytes(ITEMSIZE),
-        whole=_whole(bundle, method),
-    )
-    left = {kind: iter(each) for kind, each in prunes.items()}
-    return [
-        replace(problem, prune=next(left[head.kind])) if head.kind in left else problem
-        for head, problem in zip(bundle.heads, plain, strict=True)
-    ]
+class _Pruned:
+    """The problems of a bundle, ``plain`` with nothing to prune, under any budget of one kind that is no share."""
+
+    def __init__(self, bundle: GraphBundle, method: Method, like: Budget, plain: Sequence[SubsetProblem]) -> None:
+        self.bundle, self.plain = bundle, plain
+        problems: dict[Kind, list[SubsetProblem]] = {}
+        in_bytes = like.bytes_per_token is not None or like.share is not None
+        for head, problem in zip(bundle.heads, plain, strict=True):
+            if not in_bytes or like.prunes(head.kind):
+                problems.setdefault(head.kind, []).append(problem)
+        kv_heads = _shapes(bundle)["key"][0]
+        group = max(1, bundle.integer("num_attention_heads", kv_heads) // kv_heads)
+        self.allotment = Allotment(
+            problems,
+            method.sharing,
+            queries=group * bundle.integer("observation_window", 32, least=1),
+            costs=method.channel_bytes(ITEMSIZE),
+            whole=_whole(bundle, method),
+        )
+
+    def by(self, budget: Budget) -> list[SubsetProblem]:
+        left = {kind: iter(each) for kind, each in self.allotment.of(budget).items()}
+        return [
+            replace(problem, prune=next(left[head.kind])) if head.kind in left else problem
+            for head, problem in zip(self.bundle.heads, self.plain, strict=True)
+        ]
 
 
 def _whole(bundle: GraphBundle, method: Method) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -53,23 +53,32 @@ class LowRank(Codec):
         """The best projections of these widths for the prunable tokens, about their mean (Eckart and Young, 1936).
 
         ``basis``: ``svd`` for the least squared error of the tokens; ``kq-svd`` for that of what is seen of it, by the
-        observed queries or through the output projection (KQ-SVD, arXiv 2512.05916). O(n^3) a head.
+        observed queries or through the output projection (KQ-SVD, arXiv 2512.05916). O(n^3) a head, once for all
+        widths.
         """
         if basis not in BASES:
             raise InputError(f"unknown basis {basis!r}{did_you_mean(basis, BASES)}")
+        found = seen.once((cls, kind, basis), lambda: cls._of_heads(seen, kind, basis))
+        return [each.of_width(width) for each, width in zip(found, widths, strict=True)]
+
+    @classmethod
+    def _of_heads(cls, seen: Observed, kind: Kind, basis: str) -> list[Self]:
         tokens = (seen.keys if kind == "key" else seen.values)[:, seen.prunable]
         about = moments(tokens, None, 0.0)
         if not all(np.isfinite(each.covariance).all() for each in about):
             raise InputError(f"{kind}s to find a basis for are not finite; look at the model's weights and its dtype")
         metrics = [_metric(seen, kind, head) if basis == "kq-svd" else None for head in range(len(tokens))]
         return [
-            cls.of_moments(each, width, metric).mapped(lambda tensor: tensor.to(tokens.device))
-            for each, width, metric in zip(about, widths, metrics, strict=True)
+            cls.of_moments(each, metric).mapped(lambda tensor: tensor.to(tokens.device))
+            for each, metric in zip(about, metrics, strict=True)
         ]
 
     @classmethod
-    def of_moments(cls, about: Moments, width: int, metric: FloatArray | None = None) -> Self:
-        """The best projection for tokens with these moments: the least expected error e'Me, M = metric or identity."""
+    def of_moments(cls, about: Moments, metric: FloatArray | None = None) -> Self:
+        """The basis whose first coordinates are the best projection of every width, here of none.
+
+        For tokens with these moments: the least expected error e'Me, M = metric or identity.
+        """
         n = len(about.mean)
         root = np.eye(n)
         if metric is not None:
@@ -77,8 +86,12 @@ class LowRank(Codec):
         _, vectors = np.linalg.eigh(root.T @ about.covariance @ root)
         turned = np.ascontiguousarray(vectors[:, ::-1].T)  # the largest variance first
         inverse = None if metric is None else torch.from_numpy(np.linalg.solve(root.T, turned.T)).float()
-        constant = torch.from_numpy((turned @ root.T @ about.mean)[width:]).float()
+        constant = torch.from_numpy(turned @ root.T @ about.mean).float()
         return cls(torch.from_numpy(turned @ root.T).float(), constant, inverse)
+
+    def of_width(self, width: int) -> Self:
+        """With so many coordinates kept, of those that are not."""
+        return replace(self, constant=self.constant[..., width - self.width :])
 
     @property
     def n(self) -> int:

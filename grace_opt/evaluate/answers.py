@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from grace_opt.errors import InputError
 from grace_opt.evaluate.capture import Captured, capture, dense, extended
 from grace_opt.evaluate.measurements import Measurements, key_of
-from grace_opt.evaluate.replay import greedy_tokens
+from grace_opt.evaluate.replay import Decoding, decode
 from grace_opt.evaluate.statistics import Interval, bootstrap_mean, paired, rate
 from grace_opt.evaluate.tasks.base import PROTOCOLS, Family, Prompt, Question, Rendered, rendered
 from grace_opt.evaluate.trial import Trial
@@ -24,7 +25,10 @@ from grace_opt.runtime.cache import cache_nbytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from grace_opt.compression.plan import CachePlan
+
 Record = dict[str, Any]
+TOGETHER = 8  #: caches that decode side by side, which are held at a time
 SOLVED = 0.6  #: score of the uncompressed cache from which on a task tells methods apart
 
 
@@ -72,75 +76,116 @@ def measure(
 
     A prompt's context is run once, uncompressed, as prefill does, and of each question what its protocol compresses
     with it. Each trial's real cache is built from that, what follows is read on it, and the answer decoded greedily:
-    until the model ends it, the question's ``new_tokens`` are there, or more of them cannot change its score. A
-    question that is wholly known to ``measurements`` is not run; ``progress`` is called after each answer. Raises
-    InputError for a budget or a prompt that a method cannot do.
+    until the model ends it, the question's ``new_tokens`` are there, or more of them cannot change its score. Up to
+    `TOGETHER` caches of one prompt decode side by side. What ``measurements`` knows is not run; ``progress`` is called
+    after each answer. Raises InputError for a budget or a prompt that a method cannot do.
     """
     known = measurements or Measurements()
-    ends = _ends(model)
-    identity = (str(model.config.name_or_path), config_sha256(model.config))
-    queries = max((trial.queries for trial in trials), default=1)
+    asking = _Asking(model, tokenizer, trials)
     found: list[Record] = []
     for _, same in groupby(questions, key=lambda each: id(each.prompt)):
         of_prompt = list(same)
-        context = min((each.ids.compressed for each in of_prompt), key=len)  # with which all of them begin
-        read: Captured | None = None
-        for each in of_prompt:
-            here = (each.ids.compressed, each.ids.following, each.question.answers, each.question.new_tokens)
-            named = (*identity, each.prompt.task, *here)
-            # The uncompressed cache does not depend on what was to be compressed.
-            whole = (*identity, each.prompt.task, here[0] + here[1], here[2:])
-            keys = [key_of("full", *whole), *(key_of(*named, trial.digest()) for trial in trials)]
-            captured: Captured | None = None
-            if not known.has(keys):
-                read = read or capture(model, context, len(context), queries)
-                rest = each.ids.compressed[len(context) :]
-                captured = extended(read, rest) if rest else read
-            for key, trial in zip(keys, (None, *trials), strict=True):
-                measured = known.once(key, partial(_answered, captured, tokenizer, each, trial, ends))
-                found.append({**measured, "protocol": each.ids.protocol})
+        prefills = _Prefills(model, of_prompt, trials)
+        rows = [(each, trial, asking.key(each, trial)) for each in of_prompt for trial in (None, *trials)]
+        # In parts that depend on what is asked alone, so that a run that goes on decodes what it would have decoded.
+        for low in range(0, len(rows), TOGETHER):
+            part = rows[low : low + TOGETHER]
+            missing = {key: (each, trial) for each, trial, key in part if not known.has([key])}
+            asking.answer(missing, prefills, known)
+            for each, _, key in part:
+                found.append({**known.of(key), "protocol": each.ids.protocol})
                 progress()
     return found
 
 
-def _answered(captured: Captured | None, tokenizer: Any, asked: Asked, trial: Trial | None, ends: set[int]) -> Record:
-    """One answer, scored."""
-    assert captured is not None
+class _Prefills:
+    """What the questions of one prompt compress, run when it is needed, and the plans for it."""
 
-    def read(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    def __init__(self, model: PreTrainedModel, questions: Sequence[Asked], trials: Sequence[Trial]) -> None:
+        self._model = model
+        self._context = min((each.ids.compressed for each in questions), key=len)  # with which all of them begin
+        self._queries = max((trial.queries for trial in trials), default=1)
+        self._last: Captured | None = None
+        self._rest: list[int] | None = None  # what the last one has after the context
+        self._plans: dict[int, CachePlan] = {}  # for the last one, by the id of the trial
 
-    def score(text: str) -> float:
-        return asked.family.score(asked.prompt.task, asked.question, text)
+    @cached_property
+    def _read(self) -> Captured:
+        return capture(self._model, self._context, len(self._context), self._queries)
 
-    def over(tokens: list[int]) -> bool:
-        return tokens[-1] in ends or (asked.family.grows and score(read(tokens)) == 1)
+    def of(self, question: Asked) -> Captured:
+        """What a question compresses; kept until the next one compresses something else."""
+        rest = question.ids.compressed[len(self._context) :]
+        if self._last is None or rest != self._rest:
+            self._last = extended(self._read, rest) if rest else self._read
+            self._rest, self._plans = rest, {}
+        return self._last
 
-    following = torch.tensor([asked.ids.following], device=captured.ids.device)
-    full = cache_nbytes(captured.past)
-    if trial is None:
-        held = full
-        tokens = greedy_tokens(captured.model, dense(captured), following, asked.question.new_tokens, over)
-    else:
-        with torch.inference_mode(), trial.cache(captured, trial.plan(captured)) as past:
-            held = cache_nbytes(past)
-            tokens = greedy_tokens(captured.model, past, following, asked.question.new_tokens, over)
-    text = read(tokens)
-    return {
-        "task": asked.prompt.task,
-        "family": asked.family.name,
-        "length": asked.prompt.length,
-        "number": asked.prompt.number,
-        "question": asked.number,
-        "place": dict(asked.prompt.place),
-        **(FULL if trial is None else trial.asked()),
-        "answer": text,
-        "answers": list(asked.question.answers),
-        "score": score(text),
-        "tokens": captured.prefix,
-        "bytes": held,
-        "full_bytes": full,
-    }
+    def plan(self, question: Asked, trial: Trial) -> CachePlan:
+        """What a trial makes of it, made once for all questions on one context."""
+        captured = self.of(question)
+        if id(trial) not in self._plans:
+            self._plans[id(trial)] = trial.plan(captured)
+        return self._plans[id(trial)]
+
+
+class _Asking:
+    """A model's answers, scored."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, trials: Sequence[Trial]) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._ends = _ends(model)
+        self._digests = {id(trial): trial.digest() for trial in trials}
+
+    def key(self, asked: Asked, trial: Trial | None) -> str:
+        """Of the measurement of one answer."""
+        ids, question = asked.ids, asked.question
+        rules = (question.answers, question.new_tokens)
+        model = (str(self.model.config.name_or_path), config_sha256(self.model.config))
+        if trial is None:  # the uncompressed cache does not depend on what was to be compressed
+            return key_of("full", *model, asked.prompt.task, ids.compressed + ids.following, rules)
+        return key_of(*model, asked.prompt.task, ids.compressed, ids.following, *rules, self._digests[id(trial)])
+
+    def answer(self, rows: Mapping[str, tuple[Asked, Trial | None]], prefills: _Prefills, known: Measurements) -> None:
+        """Add the measurements of these keys, decoded together."""
+        with ExitStack() as open_caches, torch.inference_mode():
+            decodings, records = [], []
+            for asked, trial in rows.values():
+                captured = prefills.of(asked)
+                if trial is None:
+                    past, held = dense(captured), cache_nbytes(captured.past)
+                else:
+                    past = open_caches.enter_context(trial.cache(captured, prefills.plan(asked, trial)))
+                    held = cache_nbytes(past)
+                following = torch.tensor([asked.ids.following], device=captured.ids.device)
+                decodings.append(Decoding(past, following, asked.question.new_tokens, partial(self._over, asked)))
+                records.append({"tokens": captured.prefix, "bytes": held, "full_bytes": cache_nbytes(captured.past)})
+            decode(self.model, decodings)
+        for (key, row), decoding, record in zip(rows.items(), decodings, records, strict=True):
+            known.add(key, self._record(*row, self._text(decoding.tokens)) | record)
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _over(self, asked: Asked, tokens: list[int]) -> bool:
+        """Whether an answer is ended, or can get no better."""
+        if tokens[-1] in self._ends:
+            return True
+        return asked.family.grows and asked.family.score(asked.prompt.task, asked.question, self._text(tokens)) == 1
+
+    def _record(self, asked: Asked, trial: Trial | None, text: str) -> Record:
+        return {
+            "task": asked.prompt.task,
+            "family": asked.family.name,
+            "length": asked.prompt.length,
+            "number": asked.prompt.number,
+            "question": asked.number,
+            "place": dict(asked.prompt.place),
+            **(FULL if trial is None else trial.asked()),
+            "answer": text,
+            "answers": list(asked.question.answers),
+            "score": asked.family.score(asked.prompt.task, asked.question, text),
+        }
 
 
 FULL: Record = {

@@ -25,12 +25,20 @@ class Measurements:
         """Whether all of these are known."""
         return all(key in self._found for key in keys)
 
+    def of(self, key: str) -> Record:
+        """The measurement of this key, which is known."""
+        return self._found[key]
+
     def once(self, key: str, measure: Callable[[], Record]) -> Record:
         """The measurement of this key; ``measure`` is called only if it is not known."""
         if key not in self._found:
-            record = {"key": key, **measure()}
-            self._found[key] = record if self._file is None else self._file.append(record)
+            self.add(key, measure())
         return self._found[key]
+
+    def add(self, key: str, measured: Record) -> None:
+        """Remember a measurement that was not known."""
+        record = {"key": key, **measured}
+        self._found[key] = record if self._file is None else self._file.append(record)
 
 
 def key_of(*parts: Any) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from grace_opt.runtime.cache import PrunedCache, cache
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.narrow import prefill_narrow, unbroken
 from grace_opt.runtime.ragged import RaggedLayer
+from grace_opt.runtime.together import decodes_together, step_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,29 +76,54 @@ def log_probabilities(captured: Captured, past: Any, *, chunk: int = CHUNK) -> I
         yield logits.float().log_softmax(-1)
 
 
-def greedy_tokens(
-    model: PreTrainedModel, past: Any, following: Tensor, most: int, stop: Callable[[list[int]], bool] = lambda _: False
-) -> list[int]:
-    """Up to ``most`` tokens decoded greedily after ``following`` int64[1, c], on a cache of what comes before.
+@dataclass
+class Decoding:
+    """A cache of one row, and what is decoded on it.
 
-    ``stop``: asked after each token with all of them so far.
+    Attributes:
+        following: int64[1, c], read on the cache first.
+        most: tokens are decoded at the most.
+        stop: asked after each token with all of them so far.
+        tokens: those that were decoded.
     """
-    tokens: list[int] = []
-    part = following
-    while len(tokens) < most:
-        *_, logits = _logits(model, past, part, CHUNK)
-        tokens.append(int(logits[-1].argmax()))
-        if stop(tokens):
-            break
-        part = following.new_tensor([tokens[-1:]])
-    return tokens
+
+    past: Any
+    following: Tensor
+    most: int
+    stop: Callable[[list[int]], bool] = lambda _: False
+    tokens: list[int] = field(default_factory=list)
+
+    def take(self, logits: Tensor) -> bool:
+        """The likeliest token of [vocabulary] comes next; returns whether more are wanted."""
+        self.tokens.append(int(logits.argmax()))
+        return len(self.tokens) < self.most and not self.stop(self.tokens)
 
 
-def _logits(model: PreTrainedModel, past: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
+def decode(model: PreTrainedModel, rows: Sequence[Decoding]) -> None:
+    """Decode greedily on every row's cache, all rows in one pass a token where the model can (`decodes_together`)."""
+    going = [row for row in rows if row.take(_after(model, row.past, row.following))]
+    side_by_side = decodes_together(model, [row.past for row in rows])
+    while going:
+        if len(going) > 1 and side_by_side:
+            logits = step_together(model, [row.past for row in going], [row.tokens[-1] for row in going])
+        else:
+            last = [row.following.new_tensor([row.tokens[-1:]]) for row in going]
+            logits = torch.stack([_after(model, row.past, token) for row, token in zip(going, last, strict=True)])
+        going = [row for row, each in zip(going, logits, strict=True) if row.take(each)]
+
+
+def _after(model: PreTrainedModel, past: Any, ids: Tensor) -> Tensor:
+    """The logits [vocabulary] after the last of the tokens int64[1, ..]."""
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    *_, logits = _logits(model, past, ids, CHUNK, **only_last)
+    return logits[-1]
+
+
+def _logits(model: PreTrainedModel, past: Any, ids: Tensor, chunk: int, **how: Any) -> Iterator[Tensor]:
     """The logits [c, vocabulary] after each of the tokens int64[1, ..], in chunks."""
     low = 0
     with torch.inference_mode():
         while low < ids.shape[1]:
             part = ids[:, low : low + min([chunk, *unbroken(past)])]
-            yield model(input_ids=part, past_key_values=past, use_cache=True).logits[0]
+            yield model(input_ids=part, past_key_values=past, use_cache=True, **how).logits[0]
             low += part.shape[1]

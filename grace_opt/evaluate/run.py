@@ -78,11 +78,12 @@ def run(
     measurements: Measurements | None = None,
     show: Callable[..., None] = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
+    keep: Callable[[Sequence[answers.Asked], Sequence[Record]], None] = lambda *_: None,
 ) -> list[Record]:
     """The records of ``kl`` (`EvaluationRecord`) and of tasks (`TaskRecord`), shorter prompts first.
 
-    ``show(words, done, total)`` is progress, ``say`` a remark. Raises InputError for a plan that the model or a method
-    cannot do.
+    ``show(words, done, total)`` is progress, ``say`` a remark; ``keep`` is given all questions of tasks, and
+    the answers. Raises InputError for a plan that the model or a method cannot do.
     """
     known = measurements or Measurements()
     context = context_of(model.config)
@@ -107,7 +108,7 @@ def run(
                 progress=lambda done, total, words=words: show(words, done, total),  # type: ignore[misc]
             )
     if plan.families:
-        found += _answered(model, tokenizer, trials, plan, lengths, known, show)
+        found += _answered(model, tokenizer, trials, plan, lengths, known, show, keep)
     return found
 
 
@@ -119,6 +120,7 @@ def _answered(
     lengths: Sequence[int],
     known: Measurements,
     show: Callable[..., None],
+    keep: Callable[[Sequence[answers.Asked], Sequence[Record]], None],
 ) -> list[Record]:
     answers.require_context(model, lengths)
     chat = uses_chat(tokenizer, plan.chat)
@@ -143,4 +145,5 @@ def _answered(
         show(words, done, total)
 
     measured = answers.measure(model, tokenizer, questions, trials, measurements=known, progress=step)
+    keep(questions, measured)
     return answers.records(measured, trials, seed=plan.seed)

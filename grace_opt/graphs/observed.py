@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
-from grace_opt.problem import FloatArray
+
+T = TypeVar("T")
 
 
 class OutputProjection:
@@ -45,7 +47,7 @@ class Observed:
     recent_window: int
     output: Tensor | OutputProjection | None = None
     spans: int | None = None
-    graphs: dict[str, FloatArray] = field(default_factory=dict)  #: those that were made of it, by objective
+    made: dict[Hashable, Any] = field(default_factory=dict)  #: by `once`
 
     def __post_init__(self) -> None:
         if self.queries.shape[0] % self.keys.shape[0] or self.queries.shape[-1] != self.keys.shape[-1]:
@@ -64,6 +66,13 @@ class Observed:
         """The tokens of which the cache keeps some channels only, once the window has been read."""
         return slice(self.sinks, self.keys.shape[1] - self.recent_window)
 
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        """What is made of it, such as a graph, made at the first call."""
+        if what not in self.made:
+            self.made[what] = make()
+        made: T = self.made[what]
+        return made
+
     @cached_property
     def output_grams(self) -> Tensor | None:
         """float64[Hq, nv, nv]: W'W of each query head's part W of the output projection; None if it is not known."""
@@ -74,7 +83,7 @@ class Observed:
     @cached_property
     def all_tokens(self) -> Observed:
         """The same, as if no token stayed whole."""
-        return replace(self, sinks=0, recent_window=0, graphs={})
+        return replace(self, sinks=0, recent_window=0, made={})
 
     @cached_property
     def grouped(self) -> Tensor:

@@ -12,7 +12,7 @@ from grace_opt.errors import InputError
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.models.attention import NAME, ordinary, refuse_unsupported, register
 from grace_opt.runtime.attend import attend
-from grace_opt.runtime.handle import Handle, RaggedHandle
+from grace_opt.runtime.handle import Handle, RaggedHandle, TogetherHandle
 from grace_opt.runtime.kernels.contract import Request
 from grace_opt.runtime.prompt import queries_of
 
@@ -21,6 +21,9 @@ def attention(
     module: torch.nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attention for transformers: over a compressed cache, or as the model attends otherwise."""
+    if isinstance(key, TogetherHandle):  # each row over its own cache; its one token sees all of that
+        outs = [attention(module, query[b : b + 1], *of_row, None, **kwargs)[0] for b, of_row in enumerate(key.rows)]
+        return torch.cat(outs), None
     attend = compressed if isinstance(key, Handle | RaggedHandle) else ordinary
     return attend(module, query, key, value, attention_mask, **kwargs)
 

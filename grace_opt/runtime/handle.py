@@ -72,3 +72,10 @@ class RaggedHandle(_Unreadable):
         self.new = parts[0].new
         self.prompt: tuple[Tensor, Tensor] | None = None
         self.values: Tensor | None = None
+
+
+class TogetherHandle(_Unreadable):
+    """Of several caches that decode together: of each row, the keys and values, or the handles, of its own cache."""
+
+    def __init__(self, rows: list[tuple[Any, Any]]) -> None:
+        self.rows = rows

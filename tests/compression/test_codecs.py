@@ -71,7 +71,7 @@ def lowrank(width: int, metric: bool) -> LowRank:
     rng = np.random.default_rng(2)
     tokens = torch.as_tensor(rng.normal(size=(1, 50, 16)) @ rng.normal(size=(16, 16)) + 3, dtype=torch.float32)
     seen = rng.normal(size=(40, 16))
-    return LowRank.of_moments(moments(tokens, None, 0.0)[0], width, seen.T @ seen if metric else None)
+    return LowRank.of_moments(moments(tokens, None, 0.0)[0], seen.T @ seen if metric else None).of_width(width)
 
 
 def channels(readout: bool) -> Channels:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from grace_opt import InputError, SubsetProblem
 from grace_opt.compression.apply import apply
-from grace_opt.compression.budget import Budget, Sharing, allot
+from grace_opt.compression.budget import Allotment, Budget, Sharing
 from grace_opt.compression.method import METHODS, Method, Windows, from_options, method
 from grace_opt.compression.readout import fit, moments, squared_error
 from grace_opt.evaluate.capture import capture
@@ -153,10 +153,11 @@ def test_a_uniform_budget_in_bytes_counts_what_stays_whole() -> None:
     }
     sharing = Sharing(budget="uniform")
     costs: Any = {"key": 4.0, "value": 4.0}
-    keys_only = allot(problems, Budget(bytes_per_token=0.7 * whole), sharing, queries=1, costs=costs, whole=whole)
+    allotment = Allotment(problems, sharing, queries=1, costs=costs, whole=whole)
+    keys_only = allotment.of(Budget(bytes_per_token=0.7 * whole))
     assert set(keys_only["key"]) == {9}  # ceil(.3 of 28 channels)
     with pytest.raises(InputError, match="takes at least 312 of 672 bytes if every head prunes the same"):
-        allot(problems, Budget(bytes_per_token=0.4 * whole), sharing, queries=1, costs=costs, whole=whole)
+        allotment.of(Budget(bytes_per_token=0.4 * whole))
 
 
 def test_bytes_of_integers_are_shared_by_what_they_save() -> None:
@@ -271,7 +272,7 @@ def test_protected_channels_count_as_kept_and_too_many_pruned_are_refused() -> N
     protected, W = np.arange(16) < 3, np.diag(np.arange(1.0, 17))
     problems: Any = {"key": [SubsetProblem(W, 0, protected, name=f"layers.0.kv_heads.{h}.key") for h in (0, 1)]}
     costs: Any = {"key": 1.0, "value": 1.0}
-    counts = allot(problems, Budget(0.75), Sharing(floor=4), queries=1, costs=costs, whole=64.0)["key"]
+    counts = Allotment(problems, Sharing(floor=4), queries=1, costs=costs, whole=64.0).of(Budget(0.75))["key"]
     assert counts == [12, 12]
     with pytest.raises(InputError, match="cannot prune 15 of 16 channels"):
         apply(METHODS["grace"], observed_layers(0), Budget(0.95))

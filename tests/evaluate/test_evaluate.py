@@ -22,7 +22,7 @@ from grace_opt.compression.readout import ReadoutRecipe
 from grace_opt.evaluate.capture import Captured, capture, dense
 from grace_opt.evaluate.documents import Document
 from grace_opt.evaluate.kl import evaluate, prompts
-from grace_opt.evaluate.replay import greedy_tokens, log_probabilities, replay
+from grace_opt.evaluate.replay import Decoding, decode, log_probabilities, replay
 from grace_opt.evaluate.trial import Trial, mask_trial, trials
 from grace_opt.records import EvaluationRecord, check
 from grace_opt.runtime.cache import cache_nbytes
@@ -168,14 +168,24 @@ def test_no_compression_changes_nothing_and_the_cache_is_put_back(generated: str
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_greedy_tokens_are_the_models_own() -> None:
+def test_decoded_tokens_are_the_models_own_alone_and_side_by_side() -> None:
     model = tiny_model("Llama")
     captured = capture(model, IDS, PREFIX, 8)
-    own = model.generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False, eos_token_id=None)
-    following = torch.tensor([IDS[PREFIX:]])
-    expected = own[0, len(IDS) :].tolist()
-    assert greedy_tokens(model, dense(captured), following, 6) == expected
-    assert greedy_tokens(model, dense(captured), following, 6, lambda tokens: len(tokens) == 2) == expected[:2]
+
+    def own(ids: list[int]) -> list[int]:
+        made = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+        return made[0, len(ids) :].tolist()
+
+    def row(following: list[int], stop: int = 9) -> Decoding:
+        return Decoding(dense(captured), torch.tensor([following]), 6, lambda tokens: len(tokens) == stop)
+
+    expected = own(IDS)
+    alone = row(IDS[PREFIX:])
+    decode(model, [alone])
+    assert alone.tokens == expected
+    rows = [row(IDS[PREFIX:]), row(IDS[PREFIX:], stop=2), row(IDS[PREFIX:-5]), row(IDS[PREFIX:], stop=1)]
+    decode(model, rows)
+    assert [each.tokens for each in rows] == [expected, expected[:2], own(IDS[:-5]), expected[:1]]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -48,7 +48,7 @@ def with_bits(mask: KVMask, key: int, value: int) -> KVMask:
 def low_rank(mask: KVMask) -> KVMask:
     """The same mask with a projection of 5 coordinates in place of channels, another one for each head."""
     tokens = torch.randn(50, 50, mask.head_dim, generator=torch.Generator().manual_seed(3))
-    made = iter([LowRank.of_moments(each, 5) for each in moments(tokens, None, 0.0)])
+    made = iter([LowRank.of_moments(each).of_width(5) for each in moments(tokens, None, 0.0)])
     layers = {
         i: replace(plan, codecs={kind: [next(made) for _ in codecs] for kind, codecs in plan.codecs.items()})
         for i, plan in mask.plan.layers.items()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace_opt import InputError, SubsetProblem
-from grace_opt.compression.budget import error_curves, shared
+from grace_opt.compression.budget import Savings, error_curves
 from grace_opt.compression.readout import Readout, fit, moments, squared_error
 from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES, attention, centered, logit, output
 from grace_opt.graphs.observed import Observed
@@ -172,7 +172,7 @@ def test_a_shared_budget_is_the_best_one_for_convex_curves(seed: int, heads: int
     curves = [np.concatenate([[0.0], np.sort(rng.exponential(size=6)).cumsum()]) for _ in range(heads)]
     most = align * ((6 - floor) // align)
     total = int(rng.integers(0, heads * most // align + 1)) * align
-    pruned = shared(curves, total, floor=floor, align=align)
+    pruned = Savings(curves, floor=floor, align=align).at_least(total)
     assert sum(pruned) == total
     assert all(m <= most and m % align == 0 for m in pruned)
     choices = [c for c in product(range(0, most + 1, align), repeat=heads) if sum(c) == total]
@@ -184,7 +184,7 @@ def test_a_budget_below_the_floors_names_what_is_possible() -> None:
     with pytest.raises(
         InputError, match="2 heads that keep at least 2 channels each.* take at least 4 of 16, and 1 is asked"
     ):
-        shared([np.arange(9.0)] * 2, 15, floor=2)
+        Savings([np.arange(9.0)] * 2, floor=2).at_least(15)
 
 
 def test_error_curves_are_those_of_greedy() -> None:

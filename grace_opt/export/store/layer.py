@@ -253,7 +253,7 @@ def _of_heads(seen: Observed, heads: Sequence[int]) -> Observed:
         keys=seen.keys[chosen],
         values=seen.values[chosen],
         output=None,
-        graphs={},
+        made={},
     )
     part.__dict__["token_weights"] = seen.token_weights[chosen]
     return part
