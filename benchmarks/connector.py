@@ -1,6 +1,6 @@
 """Prompts that one process of vLLM computes and stores, and another one loads, beside a third that computes all.
 
-    python benchmarks/connector.py MODEL MASK [--prefix 2048] [--question 16] [--scored 128] [--documents 2] [-f json]
+    python benchmarks/connector.py MODEL MASK [--prefix 2048] [--question 16] [--scored 128] [--prompts 2] [-f json]
 
 Run it with the Python that has vLLM and grace-opt. MODEL is smollm2-135m or a folder, MASK the folder of a mask. Prints
 the bytes of the stored prompts beside those of the 16-bit cache; how many tokens were loaded, as vLLM counts them; KL
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=2048, help="tokens that are stored")
     parser.add_argument("--question", type=int, default=16, help="tokens after them, computed by whoever loads")
     parser.add_argument("--scored", type=int, default=128, help="tokens after these that are compared")
-    parser.add_argument("--documents", type=int, default=2, help="prompts")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts")
     parser.add_argument("--text", help="as of grace-opt evaluate; prose of Python's library if left out")
     parser.add_argument("--dtype", default="float32", help="that vLLM runs the model in")
     parser.add_argument("-f", "--format", choices=("table", "json"), default="table")
@@ -88,7 +88,7 @@ def tokens_of(options: Any) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder_of(options.model))
     texts = [Document("prose", "".join(prose()), cut=True)] if options.text is None else read_documents(options.text)
-    return passages(texts, tokenizer, options.prefix + options.question, options.scored, options.documents).ids
+    return passages(texts, tokenizer, options.prefix + options.question, options.scored, options.prompts).ids
 
 
 def folder_of(model: str) -> Path:

@@ -1,6 +1,6 @@
 """Exports beside rivals, in one run: what a stored cache takes, what it loses, and how fast it is made and read.
 
-    python benchmarks/export.py [--model smollm2-135m] [--prefix 2048] [--documents 2] [--text FILE] [-f json]
+    python benchmarks/export.py [--model smollm2-135m] [--prefix 2048] [--prompts 2] [--text FILE] [-f json]
 
 A row a way to store the cache of a prompt: bytes beside those of the 16-bit cache; KL of stock attention over what was
 loaded, on the tokens after the prompt; GB of the 16-bit cache that a core encodes and decodes in a second of its time,
@@ -151,7 +151,7 @@ def main(
     model_name: Annotated[str, typer.Option("--model")] = "smollm2-135m",
     prefix: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 2048,
     scored: Annotated[int, typer.Option(help="Tokens after it that are compared.")] = 256,
-    documents: Annotated[int, typer.Option(help="Prompts.")] = 2,
+    prompts: Annotated[int, typer.Option(help="Prompts.")] = 2,
     text: Annotated[str | None, typer.Option(help="As of grace-opt evaluate; prose of Python's library.")] = None,
     tokens: Annotated[int, typer.Option(help="That the masks are calibrated on.")] = 8192,
     repeats: int = 5,
@@ -161,7 +161,7 @@ def main(
     torch.set_num_threads(1)
     model, tokenizer = load_model(model_name)
     texts = [Document("prose", "".join(prose()), cut=True)] if text is None else read_documents(text)
-    chosen = passages(texts, tokenizer, prefix, scored, documents)
+    chosen = passages(texts, tokenizer, prefix, scored, prompts)
     options = Calibration(tokens=tokens, value_objective="output", recent_window=WINDOW)
     bundle = calibrate(model, tokenizer, read_pieces(None), options, model_name=model_name)
     captured = [capture(model, ids, prefix, 32) for ids in chosen.ids]

@@ -46,8 +46,6 @@ TABLES: dict[str, tuple[str, ...]] = {
         "prompts",
         "scored",
         "chat",
-        "prefix",
-        "documents",
         "prune_generated",
         "kl_limit",
         "seed",

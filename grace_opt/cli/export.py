@@ -28,11 +28,11 @@ def export(
             "if left out.",
         ),
     ] = None,
-    prefix: Annotated[
-        int, option("--prefix", help="Tokens of each prompt that is measured; fewer where the context is shorter.")
+    length: Annotated[
+        int, option("--length", help="Tokens of each prompt that is measured; fewer where the context is shorter.")
     ] = 1024,
     scored: Annotated[int, option("--scored", help="Tokens after each prompt that are compared.")] = 128,
-    documents: Annotated[int, option("--documents", help="Prompts that are measured at the most.")] = 2,
+    prompts: Annotated[int, option("--prompts", help="Prompts that are measured at the most.")] = 2,
     kl_limit: Annotated[
         float, option("--kl-limit", help="Refuse to write what loses more nats a token; inf refuses nothing.")
     ] = 0.1,
@@ -51,7 +51,7 @@ def export(
     from grace_opt.export.target import TARGETS
     from grace_opt.files import check_new
 
-    check_counts(prefix, scored, documents)
+    check_counts(length, scored, prompts)
     TARGETS[to], check_new(output)  # before any work
     given = load_mask(mask)
     texts = None if text is None else read_documents(text)
@@ -65,9 +65,9 @@ def export(
             output,
             name=model,
             texts=texts,
-            prefix=prefix,
+            length=length,
             scored=scored,
-            documents=documents,
+            prompts=prompts,
             kl_limit=kl_limit,
             check=check,
             progress=lambda step: show(f"export, {step}"),

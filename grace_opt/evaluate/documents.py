@@ -110,9 +110,9 @@ def dataset_rows(name: str, split: str, local: Path | None = None) -> Iterator[t
     return _hub_rows(name, split) if local is None else _rows(local_file(local, split))
 
 
-def check_counts(prefix: int | None, scored: int, documents: int | None) -> None:
+def check_counts(length: int | None, scored: int, prompts: int | None) -> None:
     """Raise InputError for numbers that no text could give; None: not said."""
-    given = {"prefix": prefix, "scored tokens": scored, "documents": documents}
+    given = {"length": length, "scored tokens": scored, "prompts": prompts}
     for name, value in given.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -146,8 +146,8 @@ def passages(
         raise InputError("there is no document to evaluate on; give a folder or file that holds some")
     if not ids:
         raise InputError(
-            f"none of {too_short} documents has {length} tokens ({prefix} prefix, {scored} scored), the longest has "
-            f"{longest}; give longer documents or a shorter prefix"
+            f"none of {too_short} documents has {length} tokens ({prefix} of the prompt, {scored} scored), the longest "
+            f"has {longest}; give longer documents or a smaller length"
         )
     return Passages(ids, names, prefix, scored, too_short)
 

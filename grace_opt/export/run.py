@@ -50,9 +50,9 @@ def export(
     *,
     name: str | None = None,
     texts: Sequence[Document] | None = None,
-    prefix: int = 1024,
+    length: int = 1024,
     scored: int = 128,
-    documents: int = 2,
+    prompts: int = 2,
     kl_limit: float = KL_LIMIT,
     check: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -69,7 +69,7 @@ def export(
         output: the folder; it must not exist.
         name: of the model, in what is written; as the model calls itself if left out.
         texts: to measure on; prose that every CPython carries if left out.
-        prefix, scored, documents: tokens of a prompt, tokens after it that are compared, and passages at most. A prompt
+        length, scored, prompts: tokens of a prompt, tokens after it that are compared, and prompts at most. A prompt
             is shorter where the model's context is.
         kl_limit: nats a token; infinity never refuses.
         check: run what was written in its runtime, and refuse where its log-probabilities are not those of our cache.
@@ -87,8 +87,8 @@ def export(
     if not kl_limit > 0:
         raise InputError(f"the limit of KL must be above 0, got {kl_limit:g}; give infinity to refuse nothing")
     found = [Document("prose", "".join(prose()), cut=True)] if texts is None else list(texts)
-    context = context_of(model.config) or prefix + scored
-    chosen = passages(found, tokenizer, min(prefix, context - scored), scored, documents)
+    context = context_of(model.config) or length + scored
+    chosen = passages(found, tokenizer, min(length, context - scored), scored, prompts)
     source = Source(given, model, tokenizer, called, chosen)
     progress("measure")
     measured = runs.measure(source)

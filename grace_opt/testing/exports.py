@@ -33,13 +33,13 @@ def check_target(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Document],
     *,
-    prefix: int = 64,
+    length: int = 64,
     scored: int = 16,
     new_tokens: int = 8,
 ) -> None:
     """Export a mask that the target takes, look at what was written, and run it. Raises AssertionError.
 
-    ``texts`` hold two prompts of ``prefix`` tokens at least. Needs the runtime.
+    ``texts`` hold two prompts of ``length`` tokens at least. Needs the runtime.
     """
     assert name in TARGETS, f"target {name!r} is not registered; TARGETS.register it"
     target = TARGETS[name]()
@@ -48,18 +48,18 @@ def check_target(
     assert target.runtime, "a target must name the distribution that runs it (runtime)"
     answer = target.supports(mask, model.config)
     assert answer is True, f"the kit needs a mask that the target runs; this one {answer}"
-    chosen = passages(texts, tokenizer, prefix, scored, 1)
+    chosen = passages(texts, tokenizer, length, scored, 1)
     source = Source(mask, model, tokenizer, "a/model", chosen)
     before, settings = _weights(model), copy.deepcopy(model.config.to_dict())
     with tempfile.TemporaryDirectory() as work:
-        options: dict[str, Any] = {"texts": texts, "prefix": prefix, "scored": scored, "documents": 1}
+        options: dict[str, Any] = {"texts": texts, "length": length, "scored": scored, "prompts": 1}
         first, again, moved = (Path(work, each) for each in ("first", "again", "moved"))
         for folder in (first, again):
             export(mask, model, tokenizer, name, folder, name="a/model", kl_limit=math.inf, **options)
         _check_files(first, again, work)
         first.rename(moved)
         load_manifest(moved, name)
-        checked = target.check(source, moved, chosen.ids[0][:prefix], new_tokens)
+        checked = target.check(source, moved, chosen.ids[0][:length], new_tokens)
     assert len(checked.tokens) == new_tokens, f"{len(checked.tokens)} tokens were decoded, of {new_tokens}"
     allowed = TOLERANCE if model.dtype.itemsize == 4 else COARSE
     off = max(checked.behind, checked.largest or 0.0)

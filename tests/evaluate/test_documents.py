@@ -160,7 +160,7 @@ def test_a_plain_text_is_cut_into_passages_that_do_not_overlap(
     body = length - len(begin)
     expected = [begin + ids[i : i + body] for i in range(0, size - body + 1, body)][:most]
     if not expected:
-        with pytest.raises(InputError, match="give longer documents or a shorter prefix"):
+        with pytest.raises(InputError, match="give longer documents or a smaller length"):
             passages([document], tokenizer, 1, length - 1, most)
         return
     result = passages([document], tokenizer, 1, length - 1, most)

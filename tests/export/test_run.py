@@ -135,7 +135,7 @@ def test_the_command_line_writes_and_lists(
     tokenizer.save_pretrained("model")
     save_mask(tiny_mask(model), "mask")
     Path("words.txt").write_text(WORDS, encoding="utf-8")
-    line = ["export", "mask", "model", "--to", "plain", "--text", "words.txt", "--prefix", 40, "--scored", 8]
+    line = ["export", "mask", "model", "--to", "plain", "--text", "words.txt", "--length", 40, "--scored", 8]
     done = inside(*line, "-o", "out", "--kl-limit", "inf", "--check", "-f", "json")
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout)["records"]

@@ -30,13 +30,13 @@ def packed(mask: KVMask) -> KVMask:
 )
 def test_hf_generate_conforms(variant: dict[str, Any]) -> None:
     model, tokenizer = tiny()
-    check_target("hf-generate", tiny_mask(model, **variant), model, tokenizer, TEXTS, prefix=60)
+    check_target("hf-generate", tiny_mask(model, **variant), model, tokenizer, TEXTS, length=60)
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
 def test_hf_generate_conforms_in_other_families(family: str) -> None:
     model, tokenizer = tiny(family)
-    check_target("hf-generate", packed(tiny_mask(model)), model, tokenizer, TEXTS, prefix=90)
+    check_target("hf-generate", packed(tiny_mask(model)), model, tokenizer, TEXTS, length=90)
 
 
 def test_a_mask_that_prunes_the_prompt_is_refused() -> None:
@@ -95,19 +95,19 @@ def test_the_kit_finds_what_is_wrong() -> None:
 def test_kv_store_conforms(variant: dict[str, Any]) -> None:
     model, tokenizer = tiny()
     for mask in (tiny_mask(model, **variant), packed(tiny_mask(model, **variant))):
-        check_target("kv-store", mask, model, tokenizer, TEXTS, prefix=100)
+        check_target("kv-store", mask, model, tokenizer, TEXTS, length=100)
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
 def test_kv_store_conforms_in_other_families(family: str) -> None:
     model, tokenizer = tiny(family)
-    check_target("kv-store", packed(tiny_mask(model)), model, tokenizer, TEXTS, prefix=90)
+    check_target("kv-store", packed(tiny_mask(model)), model, tokenizer, TEXTS, length=90)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_hf_code_conforms(family: str) -> None:
     model, tokenizer = tiny(family)
-    check_target("hf-code", packed(tiny_mask(model, ragged=True)), model, tokenizer, TEXTS, prefix=90)
+    check_target("hf-code", packed(tiny_mask(model, ragged=True)), model, tokenizer, TEXTS, length=90)
 
 
 def test_a_checkpoint_of_ours_is_a_plain_one_without_its_code(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ STOCK: dict[str, Any] = {"kept": None, "recent_window": 0, "sinks": 0}
 @pytest.mark.parametrize("readout", ["none", "static"])
 def test_hf_conforms(family: str, readout: str) -> None:
     model, tokenizer = tiny(family, **({"sliding_window": None} if family == "Mistral" else {}))
-    check_target("hf", tiny_mask(model, **STOCK, readout=readout), model, tokenizer, TEXTS, prefix=60)
+    check_target("hf", tiny_mask(model, **STOCK, readout=readout), model, tokenizer, TEXTS, length=60)
 
 
 @pytest.mark.parametrize(

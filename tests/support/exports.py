@@ -20,7 +20,7 @@ from tests.support.generation import random_mask
 
 WORDS = " ".join(f"w{4 + i * 7 % 95}" for i in range(400))
 TEXTS = [Document("words", WORDS, cut=True)]
-SHORT: dict[str, Any] = {"texts": TEXTS, "prefix": 40, "scored": 8, "documents": 1, "kl_limit": float("inf")}
+SHORT: dict[str, Any] = {"texts": TEXTS, "length": 40, "scored": 8, "prompts": 1, "kl_limit": float("inf")}
 
 
 def tiny(family: str = "Llama", **overrides: Any) -> tuple[Any, Any]:

@@ -29,13 +29,13 @@ def packed(mask: KVMask) -> KVMask:
 @pytest.mark.parametrize("variant", [{"ragged": True}, {"values": None, "readout": "prefill"}], ids=str)
 def test_kvpress_conforms(variant: dict[str, Any]) -> None:
     model, tokenizer = tiny()
-    check_target("kvpress", tiny_mask(model, **variant), model, tokenizer, TEXTS, prefix=80)
+    check_target("kvpress", tiny_mask(model, **variant), model, tokenizer, TEXTS, length=80)
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Phi3", "Qwen2", "Qwen3"])
 def test_kvpress_conforms_in_other_families(family: str) -> None:
     model, tokenizer = tiny(family, **({"sliding_window": None} if family in ("Mistral", "Phi3") else {}))
-    check_target("kvpress", packed(tiny_mask(model, readout="prefill")), model, tokenizer, TEXTS, prefix=80)
+    check_target("kvpress", packed(tiny_mask(model, readout="prefill")), model, tokenizer, TEXTS, length=80)
 
 
 def pressed(model: Any, press: Any) -> DynamicCache:

@@ -23,7 +23,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {"Llama": {}, "Mistral": {"sliding_window
 @pytest.mark.parametrize("kept", [12, 7])
 def test_gguf_conforms(family: str, kept: int) -> None:
     model, tokenizer = tiny_bpe(family, ascii=True, **OF_FAMILY[family])
-    check_target("gguf", tiny_mask(model, **STOCK, values=kept), model, tokenizer, TEXTS, prefix=60)
+    check_target("gguf", tiny_mask(model, **STOCK, values=kept), model, tokenizer, TEXTS, length=60)
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2"])

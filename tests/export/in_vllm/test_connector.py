@@ -218,7 +218,7 @@ def test_a_long_prefix_of_a_real_model(tmp_path: Path, capsys: pytest.CaptureFix
     options += ["--method-option", "value_bits=3", "--method-option", "offline_solver=greedy"]
     run("-m", "grace_opt", "solve", graphs, "-o", mask, *options)
     script = Path(__file__).parents[3] / "benchmarks" / "connector.py"
-    options = ["--documents", "1", "--scored", "48", "--format", "json"]
+    options = ["--prompts", "1", "--scored", "48", "--format", "json"]
     found = json.loads(run(str(script), "smollm2-135m", mask, *options).splitlines()[-1])
     with capsys.disabled():
         print("\n" + json.dumps(found, indent=1))
