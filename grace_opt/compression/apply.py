@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def _applied(
     codecs: dict[int, dict[Kind, list[Codec]]] = {i: {} for i in layers}
     for kind, keeps in _kept_channels(method, layers, budget, allotment, solver).items():
         for i, seen in layers.items():
-            codecs[i][kind] = _codecs(method, seen, kind, keeps[i])
+            codecs[i][kind] = _codecs(method, seen, kind, keeps[i], solver)
     return CachePlan({i: _layer_plan(method, i, codecs[i], tokens) for i in layers})
 
 
@@ -203,15 +204,20 @@ def kept_of(solution: Solution) -> IntArray:
     return np.setdiff1d(np.arange(solution.n), solution.pruned)
 
 
-def _codecs(method: Method, seen: Observed, kind: Kind, keeps: Sequence[IntArray]) -> list[Codec]:
+def _codecs(method: Method, seen: Observed, kind: Kind, keeps: Sequence[IntArray], solver: str | None) -> list[Codec]:
     """The codecs of one layer's heads."""
-    n = (seen.keys if kind == "key" else seen.values).shape[-1]
-    made: Sequence[Codec]
-    if CODECS[method.codec].selects:
-        made = [Channels.keeping(keep, n) for keep in keeps]
-    else:
-        made = _fitted(method, seen, kind, list(map(len, keeps)))
-    return [as_integers(codec, method.bits(kind) or 0, kind) for codec in made]
+    n, bits = (seen.keys if kind == "key" else seen.values).shape[-1], method.bits(kind) or 0
+    if not CODECS[method.codec].selects:
+        return [as_integers(codec, bits, kind) for codec in _fitted(method, seen, kind, list(map(len, keeps)))]
+    if solver is None:
+        return [_any_channels(len(keep), n, bits, kind) for keep in keeps]
+    return [as_integers(Channels.keeping(keep, n), bits, kind) for keep in keeps]
+
+
+@lru_cache(maxsize=1024)
+def _any_channels(width: int, n: int, bits: int, kind: Kind) -> Codec:
+    """Of a head that keeps so many channels, to count its bytes."""
+    return as_integers(Channels.keeping(np.arange(width), n), bits, kind)
 
 
 def _fitted(method: Method, seen: Observed, kind: Kind, widths: Sequence[int]) -> Sequence[Codec]:

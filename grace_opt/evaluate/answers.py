@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from grace_opt.compression.plan import CachePlan
 
 Record = dict[str, Any]
-TOGETHER = 8  #: caches that decode side by side, which are held at a time
+TOGETHER = 16  #: caches that decode side by side at the most
 SOLVED = 0.6  #: score of the uncompressed cache from which on a task tells methods apart
 
 
@@ -76,35 +76,41 @@ def measure(
 
     A prompt's context is run once, uncompressed, as prefill does, and of each question what its protocol compresses
     with it. Each trial's real cache is built from that, what follows is read on it, and the answer decoded greedily:
-    until the model ends it, the question's ``new_tokens`` are there, or more of them cannot change its score. Up to
-    `TOGETHER` caches of one prompt decode side by side. What ``measurements`` knows is not run; ``progress`` is called
+    until the model ends it, the question's ``new_tokens`` are there, or more of them cannot change its score. Several
+    caches decode side by side. What ``measurements`` knows is not run; ``progress`` is called
     after each answer. Raises InputError for a budget or a prompt that a method cannot do.
     """
     known = measurements or Measurements()
-    asking = _Asking(model, tokenizer, trials)
+    asking = _Asking(model, tokenizer, questions, trials)
+    rows = [(each, trial, asking.key(each, trial)) for each in questions for trial in (None, *trials)]
+    size = _side_by_side(model, questions)
     found: list[Record] = []
-    for _, same in groupby(questions, key=lambda each: id(each.prompt)):
-        of_prompt = list(same)
-        prefills = _Prefills(model, of_prompt, trials)
-        rows = [(each, trial, asking.key(each, trial)) for each in of_prompt for trial in (None, *trials)]
-        # In parts that depend on what is asked alone, so that a run that goes on decodes what it would have decoded.
-        for low in range(0, len(rows), TOGETHER):
-            part = rows[low : low + TOGETHER]
-            missing = {key: (each, trial) for each, trial, key in part if not known.has([key])}
-            asking.answer(missing, prefills, known)
-            for each, _, key in part:
-                found.append({**known.of(key), "protocol": each.ids.protocol})
-                progress()
+    # In parts that depend on what is asked alone, so that a run that goes on decodes what it would have decoded.
+    for low in range(0, len(rows), size):
+        part = rows[low : low + size]
+        asking.answer({key: (each, trial) for each, trial, key in part if not known.has([key])}, known)
+        for each, _, key in part:
+            found.append({**known.of(key), "protocol": each.ids.protocol})
+            progress()
     return found
+
+
+def _side_by_side(model: PreTrainedModel, questions: Sequence[Asked]) -> int:
+    """How many caches decode together: as many as take no more bytes than the weights, which every token reads."""
+    weights = sum(each.nbytes for each in model.parameters())
+    longest = max((each.ids for each in questions), key=lambda ids: len(ids.compressed + ids.following), default=None)
+    if longest is None:
+        return 1
+    few = longest.compressed[:8]
+    a_token = cache_nbytes(capture(model, few, len(few), 1).past) / len(few)
+    return max(1, min(TOGETHER, int(weights / (a_token * len(longest.compressed + longest.following)))))
 
 
 class _Prefills:
     """What the questions of one prompt compress, run when it is needed, and the plans for it."""
 
-    def __init__(self, model: PreTrainedModel, questions: Sequence[Asked], trials: Sequence[Trial]) -> None:
-        self._model = model
-        self._context = min((each.ids.compressed for each in questions), key=len)  # with which all of them begin
-        self._queries = max((trial.queries for trial in trials), default=1)
+    def __init__(self, model: PreTrainedModel, context: Sequence[int], queries: int) -> None:
+        self._model, self._context, self._queries = model, list(context), queries
         self._last: Captured | None = None
         self._rest: list[int] | None = None  # what the last one has after the context
         self._plans: dict[int, CachePlan] = {}  # for the last one, by the id of the trial
@@ -132,10 +138,23 @@ class _Prefills:
 class _Asking:
     """A model's answers, scored."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, trials: Sequence[Trial]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, questions: Sequence[Asked], trials: Sequence[Trial]
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._ends = _ends(model)
         self._digests = {id(trial): trial.digest() for trial in trials}
+        self._queries = max((trial.queries for trial in trials), default=1)
+        self._contexts: dict[int, list[int]] = {}  # of each prompt, with which all of its questions begin
+        for each in questions:
+            known = self._contexts.setdefault(id(each.prompt), each.ids.compressed)
+            self._contexts[id(each.prompt)] = min(known, each.ids.compressed, key=len)
+        self._prefills: tuple[int, _Prefills] | None = None  # of the last prompt
+
+    def _of_prompt(self, prompt: Prompt) -> _Prefills:
+        if self._prefills is None or self._prefills[0] != id(prompt):
+            self._prefills = id(prompt), _Prefills(self.model, self._contexts[id(prompt)], self._queries)
+        return self._prefills[1]
 
     def key(self, asked: Asked, trial: Trial | None) -> str:
         """Of the measurement of one answer."""
@@ -146,11 +165,12 @@ class _Asking:
             return key_of("full", *model, asked.prompt.task, ids.compressed + ids.following, rules)
         return key_of(*model, asked.prompt.task, ids.compressed, ids.following, *rules, self._digests[id(trial)])
 
-    def answer(self, rows: Mapping[str, tuple[Asked, Trial | None]], prefills: _Prefills, known: Measurements) -> None:
+    def answer(self, rows: Mapping[str, tuple[Asked, Trial | None]], known: Measurements) -> None:
         """Add the measurements of these keys, decoded together."""
         with ExitStack() as open_caches, torch.inference_mode():
             decodings, records = [], []
             for asked, trial in rows.values():
+                prefills = self._of_prompt(asked.prompt)
                 captured = prefills.of(asked)
                 if trial is None:
                     past, held = dense(captured), cache_nbytes(captured.past)
