@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from grace_opt.compression.plan import CachePlan
 
 Record = dict[str, Any]
-TOGETHER = 16  #: caches that decode side by side at the most
+TOGETHER = 32  #: caches that decode side by side at the most
 SOLVED = 0.6  #: score of the uncompressed cache from which on a task tells methods apart
 
 
@@ -96,14 +96,14 @@ def measure(
 
 
 def _side_by_side(model: PreTrainedModel, questions: Sequence[Asked]) -> int:
-    """How many caches decode together: as many as take no more bytes than the weights, which every token reads."""
+    """How many caches decode together: as many as take no more than twice the bytes of the model's weights."""
     weights = sum(each.nbytes for each in model.parameters())
     longest = max((each.ids for each in questions), key=lambda ids: len(ids.compressed + ids.following), default=None)
     if longest is None:
         return 1
     few = longest.compressed[:8]
     a_token = cache_nbytes(capture(model, few, len(few), 1).past) / len(few)
-    return max(1, min(TOGETHER, int(weights / (a_token * len(longest.compressed + longest.following)))))
+    return max(1, min(TOGETHER, int(2 * weights / (a_token * len(longest.compressed + longest.following)))))
 
 
 class _Prefills:

@@ -93,6 +93,11 @@ class Decoding:
     stop: Callable[[list[int]], bool] = lambda _: False
     tokens: list[int] = field(default_factory=list)
 
+    @property
+    def last(self) -> int:
+        """The token that is read next."""
+        return self.tokens[-1] if self.tokens else int(self.following[0, -1])
+
     def take(self, logits: Tensor) -> bool:
         """The likeliest token of [vocabulary] comes next; returns whether more are wanted."""
         self.tokens.append(int(logits.argmax()))
@@ -101,18 +106,23 @@ class Decoding:
 
 def decode(model: PreTrainedModel, rows: Sequence[Decoding]) -> None:
     """Decode greedily on every row's cache, all rows in one pass a token where the model can (`decodes_together`)."""
-    going = [row for row in rows if row.take(_after(model, row.past, row.following))]
+    for row in rows:
+        if row.following.shape[1] > 1:
+            _last_logits(model, row.past, row.following[:, :-1])
+    going = list(rows)
     side_by_side = decodes_together(model, [row.past for row in rows])
     while going:
         if len(going) > 1 and side_by_side:
-            logits = step_together(model, [row.past for row in going], [row.tokens[-1] for row in going])
+            logits = step_together(model, [row.past for row in going], [row.last for row in going])
         else:
-            last = [row.following.new_tensor([row.tokens[-1:]]) for row in going]
-            logits = torch.stack([_after(model, row.past, token) for row, token in zip(going, last, strict=True)])
+            tokens = [row.following.new_tensor([[row.last]]) for row in going]
+            logits = torch.stack(
+                [_last_logits(model, row.past, token) for row, token in zip(going, tokens, strict=True)]
+            )
         going = [row for row, each in zip(going, logits, strict=True) if row.take(each)]
 
 
-def _after(model: PreTrainedModel, past: Any, ids: Tensor) -> Tensor:
+def _last_logits(model: PreTrainedModel, past: Any, ids: Tensor) -> Tensor:
     """The logits [vocabulary] after the last of the tokens int64[1, ..]."""
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     *_, logits = _logits(model, past, ids, CHUNK, **only_last)

@@ -14,7 +14,6 @@ from grace_opt.models.attention import NAME, ordinary, refuse_unsupported, regis
 from grace_opt.runtime.attend import attend
 from grace_opt.runtime.handle import Handle, RaggedHandle, TogetherHandle
 from grace_opt.runtime.kernels.contract import Request
-from grace_opt.runtime.prompt import queries_of
 
 
 def attention(
@@ -94,13 +93,12 @@ def _follow(
 
 def _by_part(query: Tensor, handle: RaggedHandle, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
     """The same, of each part of a ragged layer, its heads put where they belong."""
-    group = query.shape[1] // sum(map(len, handle.heads))
-    outs, order = [], []
-    for heads, part in zip(handle.heads, handle.parts, strict=True):
-        asked = queries_of(heads, group)
-        outs.append(_follow(query[:, asked], part, mask, scaling, dropout, None))
-        order.append(asked)
-    return torch.cat(outs, dim=2)[:, :, torch.cat(order).argsort()]
+    asked = handle.layer.queries(query.shape[1])
+    outs = [
+        _follow(query[:, heads], part, mask, scaling, dropout, None)
+        for heads, part in zip(asked, handle.parts, strict=True)
+    ]
+    return handle.layer.joined(outs)
 
 
 register(NAME, attention)

@@ -66,11 +66,13 @@ class Growing:
     Args:
         like: [B, H, _, ..], of the dtype and device of the rows.
         room: elements that a row takes, if more than its width; the others are zero.
+        least: tokens that it grows by at the least.
     """
 
     fixed = 0
 
-    def __init__(self, like: Tensor, room: int = 0) -> None:
+    def __init__(self, like: Tensor, room: int = 0, least: int = 0) -> None:
+        self.least = least
         self.width = like.shape[-1]
         self.buffer = like.new_empty(*like.shape[:2], 0, *like.shape[3:-1], max(room, self.width))
         self.length = 0
@@ -100,7 +102,7 @@ class Growing:
         held, used = self.buffer, min(self.length, end)
         if end <= held.shape[2] and not (used and frozen(held)):
             return held
-        capacity = end + (end // 128 if used else 0)
+        capacity = end + (max(self.least, end // 128) if used else 0)
         fresh = held.new_zeros if held.shape[-1] > self.width else held.new_empty
         grown = fresh(*held.shape[:2], capacity, *held.shape[3:])
         grown[:, :, :used] = held[:, :, :used]

@@ -65,10 +65,10 @@ class Handle(_Unreadable):
 
 
 class RaggedHandle(_Unreadable):
-    """Of a `RaggedLayer`: ``heads`` int64[h], the KV heads of each part, and the parts' handles."""
+    """Of a `RaggedLayer`: the handles of its parts."""
 
-    def __init__(self, layer: RaggedLayer, heads: list[Tensor], parts: list[Handle]) -> None:
-        self.layer, self.heads, self.parts = layer, heads, parts
+    def __init__(self, layer: RaggedLayer, parts: list[Handle]) -> None:
+        self.layer, self.parts = layer, parts
         self.new = parts[0].new
         self.prompt: tuple[Tensor, Tensor] | None = None
         self.values: Tensor | None = None

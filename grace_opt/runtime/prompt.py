@@ -92,6 +92,17 @@ def staying(plan: LayerPlan, rows: Sequence[tuple[Observed, bool]], tokens: int)
     return Staying(slots, places)
 
 
-def queries_of(heads: Tensor, group: int) -> Tensor:
-    """int64: the query heads of some KV heads."""
+Index = slice | Tensor  # heads that lie side by side, or int64 of any
+
+
+def index_of(heads: Tensor) -> Index:
+    """What picks these heads: a slice where it can, which copies nothing."""
+    first, last = int(heads[0]), int(heads[-1])
+    return slice(first, last + 1) if heads.tolist() == list(range(first, last + 1)) else heads
+
+
+def queries_of(heads: Index, group: int) -> Index:
+    """The query heads of some KV heads."""
+    if isinstance(heads, slice):
+        return slice(heads.start * group, heads.stop * group)
     return (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()

@@ -13,7 +13,7 @@ from grace_opt.compression.plan import LayerPlan
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.runtime.handle import RaggedHandle
 from grace_opt.runtime.layer import PrunedLayer, shapes_of
-from grace_opt.runtime.prompt import Staying, observed, queries_of, staying
+from grace_opt.runtime.prompt import Index, Staying, index_of, observed, queries_of, staying
 
 
 class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -30,6 +30,8 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.plan, self.index = plan, plan.index
         self.heads = [torch.tensor(each) for each in heads]
         self.parts = list(parts)
+        self.picked: list[Index] = []  #: the same as ``heads``, known with their device
+        self._queries: dict[int, list[Index]] = {}
         self.is_compileable = parts[0].is_compileable
 
     @property
@@ -61,7 +63,8 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.plan.check(key_states, value_states)
         self.shapes = shapes_of(key_states, value_states)
         self.heads = [heads.to(key_states.device) for heads in self.heads]
-        for heads, part in zip(self.heads, self.parts, strict=True):
+        self.picked = [index_of(heads) for heads in self.heads]
+        for heads, part in zip(self.picked, self.parts, strict=True):
             part.lazy_initialization(key_states[:, heads], value_states[:, heads])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -70,9 +73,9 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         handles = [
             part.update(key_states[:, heads], value_states[:, heads])[0]
-            for heads, part in zip(self.heads, self.parts, strict=True)
+            for heads, part in zip(self.picked, self.parts, strict=True)
         ]
-        handle = RaggedHandle(self, self.heads, handles)
+        handle = RaggedHandle(self, handles)
         if handles[0].prompt is not None:
             handle.prompt = key_states, value_states
         return handle, handle
@@ -81,10 +84,27 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """As of `PrunedLayer`; a token policy sees all heads of the layer."""
         if not self.parts[0].waits:
             return
-        group = query.shape[1] // sum(map(len, self.heads))
         stay = self._staying(query, scaling, mask) if self.plan.tokens is not None else None
-        for heads, part in zip(self.heads, self.parts, strict=True):
-            part.begin(query[:, queries_of(heads, group)], scaling, mask, output, stay)
+        for asked, part in zip(self.queries(query.shape[1]), self.parts, strict=True):
+            part.begin(query[:, asked], scaling, mask, output, stay)
+
+    def queries(self, count: int) -> list[Index]:
+        """Which of ``count`` query heads each part answers."""
+        if count not in self._queries:
+            group = count // sum(map(len, self.heads))
+            self._queries[count] = [queries_of(heads, group) for heads in self.picked]
+        return self._queries[count]
+
+    def joined(self, outs: Sequence[Tensor]) -> Tensor:
+        """What the parts say, [B, n, _, D] each, as [B, n, Hq, D]."""
+        starts = [each.start for each in self.picked if isinstance(each, slice)]
+        if len(starts) == len(outs):
+            return torch.cat(
+                [out for _, out in sorted(zip(starts, outs, strict=True), key=lambda pair: pair[0])], dim=2
+            )
+        whole = torch.cat(list(outs), dim=2)
+        heads = torch.arange(whole.shape[2], device=whole.device)
+        return whole[:, :, torch.cat([heads[asked] for asked in self.queries(len(heads))]).argsort()]
 
     def _staying(self, query: Tensor, scaling: float, mask: Tensor | None) -> Staying | None:
         """What the policy says of the whole layer."""

@@ -135,7 +135,8 @@ class Kept:
 
     def __init__(self, residuals: Tensor, recent: int) -> None:
         self.recent = recent
-        self.rows, self.prompt = Growing(residuals), residuals.shape[2]  # rows of the prompt's tokens
+        self.rows = Growing(residuals, least=8)
+        self.prompt = residuals.shape[2]  # rows of the prompt's tokens
         self.rows.append(residuals)
 
     def push(self, residuals: Tensor, length: int | Tensor) -> Tensor:

@@ -144,11 +144,11 @@ def test_bytes_are_those_of_what_must_be_kept(tokens: int, recent_window: int, s
     whole = (min(tokens, recent_window) if generated == "prune" else min(tokens - 40, recent_window) + 40) + sinks
     spare = min(tokens - whole + sinks, recent_window, 32)  # so that as many tokens can be taken back
     kept, rows = 2 * 2 * 2 * tokens * (6 + 16), 2 * 2 * 2 * 10  # rows, layers, heads; dk + Dv; D - dk
-    grown = 1.008 if generated == "keep" else 1  # what is kept whole grows
+    room = 8 if generated == "keep" else 0  # what is kept whole grows
     order = 2 * 2 * 16 * 2  # of the channels, in 8 bytes each
     assert past.get_seq_length() == tokens
-    assert kept + (whole + spare) * rows <= past.nbytes / 4 <= kept * 1.008 + (whole + spare) * rows * grown + order + 8
-    assert past.nbytes / 4 <= (kept + whole * rows) * 1.02
+    assert kept + (whole + spare) * rows <= past.nbytes / 4 <= kept * 1.008 + (whole + spare + room) * rows + order + 8
+    assert past.nbytes / 4 <= (kept + (whole + room) * rows) * 1.02
     assert grace_opt.runtime.full_cache_nbytes(past) == 2 * 2 * 2 * tokens * 32 * 4
 
 
