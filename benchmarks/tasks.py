@@ -33,7 +33,7 @@ ROWS = {
     0.35: ("int4",),
     0.3: ("int3",),
     0.25: ("think", "grace", "grace-opt", "streaming", "int2", "grace-opt+int4", "grace-opt+int3"),
-    0.125: ("think", "grace", "grace-opt", "streaming", "grace-opt+int4", "grace-opt+int3", "grace-opt+int2"),
+    0.125: ("think", "grace-opt", "streaming", "grace-opt+int4", "grace-opt+int3", "grace-opt+int2"),
 }
 TASKS = ("ruler", "longeval/lines", "needle/single")
 

@@ -93,7 +93,10 @@ class Trial:
             return self.what.plan.changed(generated=self.generated)
         selection = self.what.selection
         seen = captured.observed(selection.observation_window, self.what.windows, selection.spans)
-        return apply(self.what, seen, self._of_layers(captured)).changed(generated=self.generated)
+        try:
+            return apply(self.what, seen, self._of_layers(captured)).changed(generated=self.generated)
+        except ShareError as error:
+            raise ShareError(f"{self.name}: {error}") from None
 
     def _of_layers(self, captured: Captured) -> Budget:
         """A share of the whole cache, as a share of the layers that can be compressed."""

@@ -102,7 +102,7 @@ def test_short_contexts_are_held_whole_and_counted() -> None:
     assert contexts.likelihoods(CONTEXT[:11], [[5]]) is None  # 10 tokens before the last: sinks and window
     assert contexts.unreachable is None
     assert contexts.likelihoods(CONTEXT[:16], [[5]]) is None  # old tokens, but windows take more than half
-    assert "16 tokens is held whole: the method holds at least" in str(contexts.unreachable)
+    assert "16 tokens is held whole: grace-opt: the method holds at least" in str(contexts.unreachable)
     assert contexts.likelihoods(CONTEXT, [[5]]) is not None
     record = contexts.counts[""].record()
     assert (record["contexts"], record["compressed"]) == (3, 1)
