@@ -39,6 +39,13 @@ def test_hf_generate_conforms_in_other_families(family: str) -> None:
     check_target("hf-generate", packed(tiny_mask(model)), model, tokenizer, TEXTS, length=90)
 
 
+@pytest.mark.parametrize("target", ["hf-generate", "hf-code", "kv-store"])
+def test_heads_of_128_channels_with_biases_and_with_normed_keys(target: str) -> None:
+    for family in ("Qwen2", "Qwen3"):
+        model, tokenizer = tiny(family, head_dim=128)
+        check_target(target, packed(tiny_mask(model, kept=48, values=40)), model, tokenizer, TEXTS, length=90)
+
+
 def test_a_mask_that_prunes_the_prompt_is_refused() -> None:
     model, _ = tiny()
     sentence = check_refusal("hf-generate", replace(tiny_mask(model), prefill="pruned"), model.config)

@@ -68,3 +68,9 @@ def test_heads_on_two_ranks_and_a_compiled_model(setting: dict[str, Any], tmp_pa
 def test_the_kit_passes(family: str) -> None:
     model, tokenizer = tiny(family, **({"sliding_window": None} if family == "Mistral" else {}))
     check_target("vllm", tiny_mask(model), model, tokenizer, TEXTS)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_the_kit_passes_with_heads_of_128_channels(family: str) -> None:
+    model, tokenizer = tiny(family, head_dim=128)
+    check_target("vllm", tiny_mask(model, kept=48, values=40), model, tokenizer, TEXTS)
