@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -111,7 +111,7 @@ class Trial:
                 f"the model's other layers hold {others / full:.3g} of the cache and cannot be compressed, and a share "
                 f"of {self.budget.share:g} is asked for; raise the share"
             )
-        return Budget(share=left / (full - others))
+        return replace(self.budget, share=left / (full - others))
 
     def cache(self, captured: Captured, plan: CachePlan) -> PrunedCache:
         """The real cache of this plan after the prompt, to be released by its caller."""

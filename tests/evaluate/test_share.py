@@ -62,6 +62,17 @@ def test_integers_count_with_their_scales(captured: Captured, name: str) -> None
         assert 0.7 * least < found <= 0.9 * least
 
 
+@pytest.mark.parametrize(("kinds", "other"), [(("key",), "value"), (("value",), "key")])
+@pytest.mark.parametrize("name", ["think", "grace-opt", "svd"])
+def test_a_share_of_one_kind_prunes_nothing_of_the_other(captured: Captured, name: str, kinds: Any, other: Any) -> None:
+    trial = Trial("any", method(name, SMALL), Budget(share=0.8, kinds=kinds))
+    plan = trial.plan(captured)
+    assert not plan.widths(other)
+    assert max(map(max, plan.widths(kinds[0]).values())) <= 16
+    with trial.cache(captured, plan) as past:
+        assert 0.7 < cache_nbytes(past) / cache_nbytes(captured.past) <= 0.8
+
+
 def test_a_whole_share_compresses_nothing(captured: Captured) -> None:
     assert held(captured, method("think", SMALL), 1.0) <= 1.0
 
