@@ -146,6 +146,12 @@ class Codec(ABC):
         return self.name, tuple(sorted(map(repr, self.parameters().items()))), shapes, inner
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """uint8[nbytes] on the CPU: its elements in order, not copied where they lie so already."""
+    whole = tensor.contiguous().cpu()
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)  # of one element any stride counts as contiguous
+
+
 def stacked(codecs: Sequence[Codec]) -> Codec:
     """Codecs of one signature as one, along a new first dimension of their tensors."""
     together = zip(*(codec.tensors().values() for codec in codecs), strict=True)

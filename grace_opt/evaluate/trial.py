@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-
 from grace_opt.compression.apply import apply
 from grace_opt.compression.budget import Budget, ShareError
+from grace_opt.compression.codec import bytes_of
 from grace_opt.compression.mask import KVMask
 from grace_opt.compression.method import Method
 from grace_opt.compression.plan import CachePlan
@@ -80,7 +79,7 @@ class Trial:
                 for codec in codecs:
                     digest.update(repr((kind, codec.signature())).encode())
                     for tensor in codec.tensors().values():
-                        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                        digest.update(bytes_of(tensor).numpy().tobytes())
         return digest.hexdigest()
 
     def plan(self, captured: Captured) -> CachePlan:

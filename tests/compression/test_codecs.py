@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grace_opt import InputError
 from grace_opt.compression.channels import Channels
-from grace_opt.compression.codec import Codec, Whole, stacked
+from grace_opt.compression.codec import Codec, Whole, bytes_of, stacked
 from grace_opt.compression.integers import Integers
 from grace_opt.compression.lowrank import LowRank
 from grace_opt.compression.plugins import CODECS
@@ -166,3 +166,11 @@ def test_names_are_unique_and_unknown_ones_are_refused() -> None:
         CODECS.register(Another)
     with pytest.raises(InputError, match="2, 3, 4 or 8 bits"):
         Integers(Whole(4), 5, "token")  # type: ignore[arg-type]
+
+
+def test_bytes_are_the_elements_in_order_whatever_the_strides() -> None:
+    rows = torch.arange(6, dtype=torch.float32).view(2, 3)
+    one = torch.ones(1).expand(4)[:1]  # of a head that drops a single channel: its stride is 0
+    for tensor in (rows, rows.mT, rows[:, 1:], rows[:, :1], rows[:0], one, rows[0, 0], one.to(torch.bfloat16)):
+        found = bytes_of(tensor).view(tensor.dtype).view(tensor.shape)
+        assert torch.equal(found, tensor)

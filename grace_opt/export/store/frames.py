@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from grace_opt.compression.codec import bytes_of
 from grace_opt.errors import InputError
 from grace_opt.export.store.layer import Array
 from grace_opt.files import json_text
@@ -56,7 +57,7 @@ class Writer:
             assert (tuple(tensor.shape), tensor.dtype) == (array.shape, array.dtype), (tensor.shape, array)
             to = torch.frombuffer(out, dtype=torch.uint8, offset=at, count=array.nbytes) if array.nbytes else None
             if to is not None:
-                flat = tensor.contiguous().view(-1).view(torch.uint8)
+                flat = bytes_of(tensor)
                 to[: len(flat)] = flat
             at += array.nbytes
         with memoryview(out) as whole:
