@@ -168,8 +168,11 @@ def _allotment(method: Method, layers: Mapping[int, Observed], budget: Budget) -
         if budget.prunes(kind) or method.bits(kind)
     }
     seen = next(iter(layers.values()))
-    costs, whole = method.channel_bytes(seen.keys.element_size()), _whole(method, layers)
-    return Allotment(problems, method.sharing, queries=seen.grouped.shape[1], costs=costs, whole=whole)
+    itemsize, whole = seen.keys.element_size(), _whole(method, layers)
+    sizes = {problem.n for heads in problems.values() for problem in heads}
+    sharing = method.sharing if budget.share is None else method.sharing_of_bytes(itemsize, sizes)
+    costs = method.channel_bytes(itemsize)
+    return Allotment(problems, sharing, queries=seen.grouped.shape[1], costs=costs, whole=whole)
 
 
 def _kept_channels(

@@ -95,9 +95,10 @@ class _Pruned:
                 problems.setdefault(head.kind, []).append(problem)
         kv_heads = _shapes(bundle)["key"][0]
         group = max(1, bundle.integer("num_attention_heads", kv_heads) // kv_heads)
+        sizes = {problem.n for heads in problems.values() for problem in heads}
         self.allotment = Allotment(
             problems,
-            method.sharing,
+            method.sharing if like.share is None else method.sharing_of_bytes(ITEMSIZE, sizes),
             queries=group * bundle.integer("observation_window", 32, least=1),
             costs=method.channel_bytes(ITEMSIZE),
             whole=_whole(bundle, method),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
 from grace_opt.compression.budget import Budget, Sharing, bytes_per_channel
+from grace_opt.compression.pays import row_unit
 from grace_opt.compression.plugins import CODECS, POLICIES
 from grace_opt.compression.readout import ReadoutRecipe
 from grace_opt.errors import InputError, did_you_mean
@@ -125,6 +127,12 @@ class Method:
     def channel_bytes(self, itemsize: int) -> dict[Kind, float]:
         """Bytes of one channel of an old token, in a cache of numbers of so many bytes."""
         return {kind: bytes_per_channel(self.bits(kind), itemsize) for kind in KINDS}
+
+    def sharing_of_bytes(self, itemsize: int, sizes: Iterable[int]) -> Sharing:
+        """How a share of the bytes is shared over heads of these sizes: in widths whose rows leave no room unused."""
+        packed = all(self.bits(kind) for kind in KINDS)
+        align = math.lcm(self.sharing.align, 1 if packed else row_unit(itemsize))
+        return self.sharing if any(n % align for n in sizes) else replace(self.sharing, align=align)
 
     def with_bits(self, bits: Mapping[Kind, int]) -> Method:
         """With other bits for some kinds; 0: none."""

@@ -17,6 +17,19 @@ Shapes = Mapping[Kind, tuple[int, int]]  # kind -> KV heads, and channels of a w
 _LONGEST = 2**31
 
 
+def row_unit(itemsize: int) -> int:
+    """Of how many elements the room of a row that is held as it came is a multiple.
+
+    In 16 bits rows begin at multiples of 16 bytes, as cards load them.
+    """
+    return 8 if itemsize == 2 else 1
+
+
+def room_of(width: int, itemsize: int) -> int:
+    """Elements that a row of this width takes."""
+    return -(-width // row_unit(itemsize)) * row_unit(itemsize)
+
+
 def pays_from(layers: Mapping[int, LayerPlan], shapes: Mapping[int, Shapes], itemsize: int) -> int | None:
     """The length of the shortest prompt from which on these layers take fewer bytes than full ones.
 
@@ -113,7 +126,8 @@ def _held(plan: LayerPlan, kind: Kind, codec: Codec, tokens: int, itemsize: int)
     last = windows.recent_window + windows.spare
     stay = _staying(plan, tokens)
     blocks = max(0, stay - windows.sinks - last) // codec.block * codec.block if codec.block else 0
-    total = codec.nbytes(blocks, itemsize) + (stay - blocks) * width * itemsize
+    room = width if codec.block else room_of(width, itemsize)
+    total = codec.nbytes(blocks, itemsize) + (stay - blocks) * room * itemsize
     whole = min(stay, last) + min(stay, windows.sinks)
     total += (stay if plan.tokens is not None and plan.tokens.policy.whole else whole) * dropped * itemsize
     for each in codec.tensors().values():

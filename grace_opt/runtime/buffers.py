@@ -194,11 +194,6 @@ class Preallocated:
     each_row = each
 
 
-def room_of(width: int, dtype: torch.dtype) -> int:
-    """Elements that a row of this width takes: in 16 bits it begins at a multiple of 16 bytes, as cards load them."""
-    return -(-width // 8) * 8 if dtype.itemsize == 2 else width
-
-
 def waits_for_no_device(tensor: Tensor) -> bool:
     """Whether the host may look into it at no cost."""
     return not torch.compiler.is_compiling() and not tensor.is_cuda

@@ -12,13 +12,13 @@ from transformers.cache_utils import CacheLayerMixin
 from grace_opt.compression.apply import for_prompt
 from grace_opt.compression.codec import Codec, Whole
 from grace_opt.compression.method import CROP
-from grace_opt.compression.pays import Shapes
+from grace_opt.compression.pays import Shapes, room_of
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.compression.tiles import arranged
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.heads import KINDS, Kind
-from grace_opt.runtime.buffers import Buffer, Growing, followed, room_of, taken
+from grace_opt.runtime.buffers import Buffer, Growing, followed, taken
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.kernels.choose import usable
 from grace_opt.runtime.kernels.contract import Kernel
@@ -273,7 +273,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
         if codec.block:
             return Packed(like, codec, self.sinks, self.recent_window + self.spare)
-        return Growing(like, room_of(codec.width, like.dtype))
+        return Growing(like, room_of(codec.width, like.dtype.itemsize))
 
     def _window(self, residuals: Tensor, length: int) -> Window:
         if self.keeps:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from grace_opt.compression.codec import Codec
+from grace_opt.compression.pays import room_of
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.errors import InputError
 from grace_opt.heads import Kind
-from grace_opt.runtime.buffers import Buffer, Preallocated, fix, room_of, waits_for_no_device
+from grace_opt.runtime.buffers import Buffer, Preallocated, fix, waits_for_no_device
 from grace_opt.runtime.fixed_packed import FixedPacked
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.layer import PrunedLayer
@@ -54,7 +55,7 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
             kept = self.max_length - self.prompt_length if self.keeps else 0
             keep = self.recent_window + self.spare
             return FixedPacked(like, codec, self.sinks, keep, self.max_length, kept, self.first, self.length)
-        return Preallocated(like, self.max_length, room_of(codec.width, like.dtype))
+        return Preallocated(like, self.max_length, room_of(codec.width, like.dtype.itemsize))
 
     def _window(self, residuals: Tensor, length: int) -> Window:
         if self.keeps:

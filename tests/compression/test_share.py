@@ -25,7 +25,7 @@ IDS = np.random.default_rng(0).integers(3, 99, TOKENS).tolist()
 @pytest.fixture(scope="module")
 def captured() -> Iterator[Captured]:
     with torch.inference_mode():
-        yield capture(tiny_model("Llama"), IDS, TOKENS, 8)
+        yield capture(tiny_model("Llama").to(torch.bfloat16), IDS, TOKENS, 8)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,16 @@ def test_what_a_masks_cache_holds_is_the_share(
 ) -> None:
     chosen = method("grace-opt", {"floor": 1, **options})
     whole = {"recent_window": 16, "sinks": 3}
-    for share in (0.55, 0.8):
+    most = None  # what is held with nothing pruned
+    for share in (1.0, 0.85, 0.7):
         budget = Budget(share=share, tokens=TOKENS)
         problems = problems_of(bundle, chosen, budget, readout_scope=scope, **whole)
         mask = mask_from_solutions(bundle, solve_many(problems, "greedy"), chosen, readout_scope=scope, **whole)
         held = share_of(captured, mask.plan)
-        # It was planned for 16 bits, and is 32 here: integers are half as much of it.
-        assert held <= share
-        assert options or held > share - 0.03
+        most = most or held
+        assert (
+            min(share, most) - 0.09 < held <= share
+        )  # rows take the room of 8 or 16 channels, and integers that of any
 
 
 def test_only_what_may_be_pruned_is(bundle: GraphBundle) -> None:
@@ -69,7 +71,7 @@ def test_only_what_may_be_pruned_is(bundle: GraphBundle) -> None:
 
 def test_a_share_that_cannot_be_reached_names_the_least(bundle: GraphBundle) -> None:
     chosen = method("grace-opt", {"floor": 4})
-    with pytest.raises(InputError, match="at least 0.[34][0-9]* of the uncompressed bytes .* and 0.2 is asked for"):
+    with pytest.raises(InputError, match="at least 0.5[0-9]* of the uncompressed bytes .* and 0.2 is asked for"):
         problems_of(bundle, chosen, Budget(share=0.2, tokens=TOKENS), readout_scope="static")
     keys = GraphBundle([head for head in bundle.heads if head.kind == "key"], bundle.metadata)
     with pytest.raises(InputError, match="no graphs of what is to be pruned; calibrate with --value-objective"):
