@@ -29,11 +29,14 @@ from grace_opt.records_file import RecordsFile
 
 ROWS = {
     0.6: ("int8",),
-    0.5: ("think", "grace", "grace-opt", "streaming"),
+    0.52: ("think", "grace"),  # whose heads prune the same: in 16 bits by 8 channels, beside the windows
+    0.5: ("grace-opt", "streaming"),
     0.35: ("int4",),
     0.3: ("int3",),
-    0.25: ("think", "grace", "grace-opt", "streaming", "int2", "grace-opt+int4", "grace-opt+int3"),
-    0.125: ("think", "grace-opt", "streaming", "grace-opt+int4", "grace-opt+int3", "grace-opt+int2"),
+    0.27: ("think", "grace"),
+    0.25: ("grace-opt", "streaming", "int2", "grace-opt+int4", "grace-opt+int3"),
+    0.15: ("think",),
+    0.125: ("grace-opt", "streaming", "grace-opt+int4", "grace-opt+int3", "grace-opt+int2"),
 }
 TASKS = ("ruler", "longeval/lines", "needle/single")
 
