@@ -162,6 +162,8 @@ METHODS: dict[str, Method] = {
     "streaming": Method(codec="whole", tokens="streaming", readout=ReadoutRecipe("none")),
     "svd": Method(codec="lowrank", codec_options={"basis": "svd"}, **_UNIFORM),
     "kq-svd": Method(codec="lowrank", codec_options={"basis": "kq-svd"}, **_UNIFORM),
+    # CSKV (arXiv 2409.10593), its ranks fitted to each prompt in closed form, its window sliding.
+    "cskv": Method(codec="cskv", codec_options={"basis": "cskv"}, windows=Windows(generated="prune"), **_UNIFORM),
 }
 
 _INTEGERS = {f"int{bits}": bits for bits in BITS}  # the end of a composed name -> bits of keys and values

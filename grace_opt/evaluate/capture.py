@@ -16,6 +16,7 @@ from grace_opt.errors import InputError
 from grace_opt.graphs.observed import Observed, OutputProjection
 from grace_opt.models.attention import attending_with, observing, require_attention_interface
 from grace_opt.models.inputs import input_device, require_rows
+from grace_opt.models.rotary import Turn, rotary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +49,7 @@ class Captured:
                 windows.recent_window,
                 self.outputs[layer],
                 spans,
+                Turn(rotary_of(self.model), layer),
             )
         return seen
 

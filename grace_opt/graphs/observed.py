@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
+
+if TYPE_CHECKING:
+    from grace_opt.models.rotary import Turn
 
 T = TypeVar("T")
 
@@ -36,6 +39,7 @@ class Observed:
     belongs to KV head g // (Hq / H). ``output``: the output projection, as its matrix [hidden, Hq nv] or
     as the layer that is one. The first ``sinks`` tokens are whole for every query, and the others while they are fewer
     than ``recent_window`` tokens back.
+    ``turn``: how RoPE turned the keys, the first of which is at position 0; None if nobody asks.
     ``spans``: how many spans the queries are cut into by the `attention` objective; None: a query is a span.
     """
 
@@ -47,6 +51,7 @@ class Observed:
     recent_window: int
     output: Tensor | OutputProjection | None = None
     spans: int | None = None
+    turn: Turn | None = None
     made: dict[Hashable, Any] = field(default_factory=dict)  #: by `once`
 
     def __post_init__(self) -> None:

@@ -14,16 +14,19 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 import grace_opt.runtime.attention  # noqa: F401  (registers the attention function)
 from grace_opt.compression.apply import online
 from grace_opt.compression.budget import Budget
+from grace_opt.compression.integers import without_integers
 from grace_opt.compression.mask import KVMask
 from grace_opt.compression.mask_file import load_mask
 from grace_opt.compression.method import Method
 from grace_opt.compression.method import method as named
 from grace_opt.compression.pays import pays_from
 from grace_opt.compression.plan import CachePlan, LayerPlan
+from grace_opt.compression.plugins import CODECS
 from grace_opt.errors import InputError
 from grace_opt.heads import KINDS
 from grace_opt.models.attention import NAME, PREFIXES, Ours, require_attention_interface, switch
 from grace_opt.models.config import text_config
+from grace_opt.models.rotary import Turn, rotary_of
 from grace_opt.runtime.kernels.choose import check_name
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.ragged import RaggedLayer
@@ -201,9 +204,21 @@ def _assembled(
         _check_sliding(layer_plan)
         layers[index] = _layer(layer_plan, max_length, kernel)
         layers[index].offloading = offload
+    rotary = rotary_of(model)
+    if any(_before_rope(layer_plan) for layer_plan in plan):
+        rotary.layers()  # before the model runs, as it runs the model
+    for layer_plan in plan:
+        layers[layer_plan.index].turn = Turn(rotary, layer_plan.index)
     past = PrunedCache(layers=layers)
     past._use(plan, model)
     return past
+
+
+def _before_rope(plan: LayerPlan) -> bool:
+    """Whether keys are stored before RoPE."""
+    if plan.choice is not None:
+        return CODECS[plan.choice.method.codec].before_rope
+    return any(without_integers(codec).before_rope for codec in plan.codecs.get("key", ()))
 
 
 def _check_preallocated(plan: CachePlan, max_length: int) -> None:
@@ -237,10 +252,15 @@ def _layer(plan: LayerPlan, max_length: int | None, kernel: str | None) -> Prune
         return layer
 
     groups: dict[Any, list[int]] = {}
-    for head in range(plan.heads or 0):
-        groups.setdefault(tuple(each[head].signature() for each in plan.codecs.values()), []).append(head)
+    for head in range(max(map(len, plan.codecs.values()), default=0)):
+        of_head = (each[head if len(each) > 1 else 0].signature() for each in plan.codecs.values())
+        groups.setdefault(tuple(of_head), []).append(head)
     if len(groups) < 2:
         return made(plan)
+    if plan.joint:
+        raise InputError(
+            f"layer {plan.index} has rows of all KV heads beside heads of different widths; give the others one width"
+        )
     heads = sorted(groups.values(), key=lambda each: ([codecs[each[0]].width for codecs in plan.codecs.values()], each))
     return RaggedLayer(plan, heads, [made(plan.part(each)) for each in heads])
 

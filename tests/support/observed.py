@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 
 from grace_opt.graphs.observed import Observed
+from grace_opt.models.rotary import Turn
 
 LAYERS = {"heads": 2, "group": 3, "window": 5, "tokens": 70, "n": 16, "nv": 12, "hidden": 20}
+
+
+class Still:
+    """The rotary embedding of a model without one."""
+
+    def layers(self) -> dict[int, None]:
+        return {}
 
 
 def observed_layers(seed: int, count: int = 3) -> dict[int, Observed]:
@@ -26,6 +34,7 @@ def observed_layers(seed: int, count: int = 3) -> dict[int, Observed]:
             2,
             3,
             normal(at["hidden"], at["heads"] * at["group"] * at["nv"]),
+            turn=Turn(Still(), i),  # type: ignore[arg-type]
         )
         for i in range(count)
     }

@@ -1,0 +1,141 @@
+"""CSKV's channel shrinking (Wang et al., 2024, arXiv 2409.10593): one low-rank row for all KV heads of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from grace_opt.compression.codec import Codec
+from grace_opt.errors import InputError, did_you_mean
+from grace_opt.graphs.observed import double
+from grace_opt.heads import Kind
+
+if TYPE_CHECKING:
+    from grace_opt.graphs.observed import Observed
+
+BASES = ("cskv",)
+
+
+@dataclass(frozen=True, eq=False)
+class Cskv(Codec):
+    """The tokens x of all KV heads side by side are stored as z = A x and read as B z + constant.
+
+    Keys are meant before RoPE: old ones are rebuilt and turned as they are read. Values are not rebuilt: the weights
+    are summed over rows, and each head reads that by its own part of B. A whole token holds the rest at full width, so
+    nothing of A's complement is held.
+
+    Attributes:
+        basis: A, [.., d, H n].
+        kv_heads: H.
+        up: B', [.., d, H n]; None: A's, for orthonormal rows.
+        constant: [.., H n], or None for zeros.
+    """
+
+    basis: Tensor
+    kv_heads: int
+    up: Tensor | None = None
+    constant: Tensor | None = None
+
+    name: ClassVar[str] = "cskv"
+    before_rope: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        size = self.basis.shape[-1]
+        if not 0 < self.basis.shape[-2] <= size or self.kv_heads < 1 or size % self.kv_heads:
+            raise InputError(
+                f"a joint rank must be from 1 to the {size} channels of all {self.kv_heads} KV heads, which are of one "
+                f"size; got {self.basis.shape[-2]}"
+            )
+        fits = (self.up is None or self.up.shape[-2:] == self.basis.shape[-2:]) and (
+            self.constant is None or self.constant.shape[-1] == size
+        )
+        if not fits:
+            raise InputError("the two factors of a joint rank must be of one shape, and its constant as wide as they")
+
+    @classmethod
+    def fit(cls, seen: Observed, kind: Kind, widths: Sequence[int], *, basis: str = "cskv", **_: Any) -> list[Self]:
+        """One codec for all heads, of the rank that the heads' widths sum to.
+
+        ``cskv``: the least squared error of the prunable tokens, uncentred, keys before RoPE. That is what the paper's
+        reconstruction training approaches, in closed form: with G = sum x x' = V S V' it is A = V_d', B = V_d (Eckart
+        and Young, 1936). O(T (H n)^2 + (H n)^3), once for all ranks.
+        """
+        if basis not in BASES:
+            raise InputError(f"unknown basis {basis!r}{did_you_mean(basis, BASES)}")
+        tokens = before_rope(seen) if kind == "key" else seen.values
+        vectors = seen.once((cls, kind, basis), lambda: principal(_gram(tokens[:, seen.prunable]))[1])
+        rank = sum(widths)
+        if not 0 < rank <= len(vectors):
+            raise InputError(
+                f"a joint rank must be from 1 to the {len(vectors)} channels of all heads, got {rank}; prune less"
+            )
+        return [cls(vectors[:rank].to(tokens.device), len(tokens))]
+
+    @property
+    def n(self) -> int:
+        return self.basis.shape[-1] // self.kv_heads
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads
+
+    @property
+    def width(self) -> int:
+        return self.basis.shape[-2]
+
+    @property
+    def _up(self) -> Tensor:
+        return self.basis if self.up is None else self.up
+
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        """[.., H, d, n] of [.., d, H n]; stacked codecs have a dimension of one row of heads, which these take."""
+        parts: Tensor = tensor.unflatten(-1, (self.kv_heads, -1)).movedim(-2, -3)  # type: ignore[no-untyped-call]
+        return parts.squeeze(-4) if parts.dim() > 3 else parts
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.movedim(-3, -2).flatten(-2).unsqueeze(-3) @ self.basis.mT
+
+    def asked(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        return query @ self._by_head(self._up).mT, query
+
+    def read(self, total: Tensor, residual: Tensor | None) -> Tensor:
+        if total.shape[-3] == 1:  # rows: all heads in one product
+            side_by_side = (total @ self._up).squeeze(-3)
+            found: Tensor = side_by_side.unflatten(-1, (self.kv_heads, -1)).movedim(-2, -3)  # type: ignore[no-untyped-call]
+        else:
+            found = total @ self._by_head(self._up)
+        if self.constant is not None:
+            found = found + self._by_head(self.constant.unsqueeze(-2))
+        return found if residual is None else found + residual
+
+
+def before_rope(seen: Observed) -> Tensor:
+    """The keys [H, T, n] of a prompt as they were before their positions turned them."""
+    if seen.turn is None:
+        raise InputError("keys before RoPE are not known here; use a codec of keys after RoPE, such as svd")
+
+    turn = seen.turn
+    return seen.once(before_rope, lambda: turn.back(seen.keys))
+
+
+def _gram(tokens: Tensor) -> Tensor:
+    """float64[H n, H n], the sum of x x' over tokens [H, T, n], all heads of a token side by side."""
+    rows = double(tokens.movedim(0, 1).flatten(1))
+    return rows.mT @ rows
+
+
+def principal(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues float64[n], the largest first, and eigenvectors float32[n, n], a row each. Raises InputError.
+
+    Where fewer tokens than n were seen, what they leave open is the same for equal tokens, whatever rounding says.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise InputError("keys or values to find a basis for are not finite; look at the model's weights and its dtype")
+    n = len(gram)
+    order = torch.linspace(2, 1, n, dtype=torch.float64) * (1e-9 * gram.diagonal().sum().item() / n or 1.0)
+    values, vectors = torch.linalg.eigh(gram.cpu() + order.diag())
+    return values.flip(0), vectors.mT.flip(0).float().contiguous()
