@@ -89,11 +89,10 @@ class Side(Coding):
     def scores(self, asked: Tensor, position: Positions) -> Tensor:
         """Products [B, H, m, T] of asked queries [B, H, m, ..] with the rows of all tokens, or with what is rebuilt."""
         met = self.buffer.parts() if self.turn is None else self._rebuilt(position)
-        heads = asked.shape[1]
         parts = []
         for part in met:
             each = _shared(asked, part) @ part.mT
-            parts.append(each.reshape(len(asked), heads, -1, part.shape[2]))
+            parts.append(each.reshape(*asked.shape[:3], part.shape[2]))
         found, places = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), self.buffer.places()
         return found if places is None else places.to_slots(found)
 
