@@ -42,11 +42,13 @@ class Codec(ABC):
     Attributes:
         name: in `CODECS` and in mask files.
         selects: whether its heads' channels are chosen by a solver (`Channels`); if not, `fit` makes it.
+        spectral: whether `spectrum` says how a budget is shared over layers.
         before_rope: whether keys are given to it as they are before RoPE.
     """
 
     name: ClassVar[str]
     selects: ClassVar[bool] = False
+    spectral: ClassVar[bool] = False
     before_rope: ClassVar[bool] = False
 
     @property
@@ -81,6 +83,17 @@ class Codec(ABC):
         ``options`` are the method's ``codec_options``. Raises InputError for what it cannot do.
         """
         raise NotImplementedError(f"{cls.__name__} is not fitted to tokens")
+
+    @classmethod
+    def spectrum(cls, seen: Observed, kind: Kind, **options: Any) -> Tensor:
+        """What each number of a row of all heads saves of the squared error, float64[H n], the most first, of a sum of
+        1."""
+        raise NotImplementedError(f"{cls.__name__} has no spectrum")
+
+    @classmethod
+    def looks_at_inputs(cls, **options: Any) -> bool:
+        """Whether `fit` asks for `Observed.inputs`."""
+        return False
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from grace_opt.graphs.observed import double
 from grace_opt.heads import Kind
 
 if TYPE_CHECKING:
-    from grace_opt.graphs.observed import Observed
+    from grace_opt.graphs.observed import InputProjections, Observed
 
-BASES = ("cskv",)
+BASES = ("cskv", "attention", "asvd")
+_MIXING = 0.3  # of equal weights into attention's, as measured (docs/results/lowrank.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class Cskv(Codec):
     constant: Tensor | None = None
 
     name: ClassVar[str] = "cskv"
+    spectral: ClassVar[bool] = True
     before_rope: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -60,20 +62,37 @@ class Cskv(Codec):
     def fit(cls, seen: Observed, kind: Kind, widths: Sequence[int], *, basis: str = "cskv", **_: Any) -> list[Self]:
         """One codec for all heads, of the rank that the heads' widths sum to.
 
-        ``cskv``: the least squared error of the prunable tokens, uncentred, keys before RoPE. That is what the paper's
-        reconstruction training approaches, in closed form: with G = sum x x' = V S V' it is A = V_d', B = V_d (Eckart
-        and Young, 1936). O(T (H n)^2 + (H n)^3), once for all ranks.
+        With G = V S V', its eigenvalues descending, A = V_d' and B = V_d, where ``basis`` says G:
+
+        - ``cskv``: sum x x' over the prunable tokens, uncentred, keys before RoPE. That is the least squared error
+          (Eckart and Young, 1936), which the paper's reconstruction training approaches.
+        - ``attention``: the same under the attention that each token receives, as read-outs weigh them.
+        - ``asvd``: W D W', W the projection and D its input's mean magnitudes: the paper's initialisation, by ASVD
+          (arXiv 2312.05821, alpha 0.5). Its code x S^-1 U S_d^1/2, a function of the input x, is the key's projection
+          on V_d up to a scale of each number, and so is taken of the key; a bias is read as it is.
+
+        O(T (H n)^2 + (H n)^3), once for all ranks.
         """
-        if basis not in BASES:
-            raise InputError(f"unknown basis {basis!r}{did_you_mean(basis, BASES)}")
-        tokens = before_rope(seen) if kind == "key" else seen.values
-        vectors = seen.once((cls, kind, basis), lambda: principal(_gram(tokens[:, seen.prunable]))[1])
-        rank = sum(widths)
+        vectors = _principal(cls, seen, kind, basis)[1]
+        rank, heads = sum(widths), len(seen.keys)
         if not 0 < rank <= len(vectors):
             raise InputError(
                 f"a joint rank must be from 1 to the {len(vectors)} channels of all heads, got {rank}; prune less"
             )
-        return [cls(vectors[:rank].to(tokens.device), len(tokens))]
+        kept = vectors[:rank].to(seen.keys.device)
+        constant: Tensor | None = None
+        if basis == "asvd" and (bias := _inputs(seen).of(kind)[1]) is not None:
+            constant = (bias - kept.double().mT @ (kept.double() @ bias)).float()
+        return [cls(kept, heads, constant=constant)]
+
+    @classmethod
+    def spectrum(cls, seen: Observed, kind: Kind, *, basis: str = "cskv", **_: Any) -> Tensor:
+        eigenvalues = _principal(cls, seen, kind, basis)[0].clamp(min=0)
+        return eigenvalues / eigenvalues.sum()
+
+    @classmethod
+    def looks_at_inputs(cls, *, basis: str = "cskv", **_: Any) -> bool:
+        return basis == "asvd"
 
     @property
     def n(self) -> int:
@@ -122,10 +141,33 @@ def before_rope(seen: Observed) -> Tensor:
     return seen.once(before_rope, lambda: turn.back(seen.keys))
 
 
-def _gram(tokens: Tensor) -> Tensor:
-    """float64[H n, H n], the sum of x x' over tokens [H, T, n], all heads of a token side by side."""
+def _principal(made_by: type, seen: Observed, kind: Kind, basis: str) -> tuple[Tensor, Tensor]:
+    """`principal` of a basis' Gram matrix, once for all ranks."""
+    if basis not in BASES:
+        raise InputError(f"unknown basis {basis!r}{did_you_mean(basis, BASES)}")
+    return seen.once((made_by, kind, basis), lambda: principal(_gram(seen, kind, basis)))
+
+
+def _gram(seen: Observed, kind: Kind, basis: str) -> Tensor:
+    """float64[H n, H n] of all heads' channels side by side, about zero."""
+    if basis == "asvd":
+        weight, _ = _inputs(seen).of(kind)
+        return (weight * (double(_inputs(seen).magnitudes) + 1e-6)) @ weight.mT
+    tokens = (before_rope(seen) if kind == "key" else seen.values)[:, seen.prunable]
     rows = double(tokens.movedim(0, 1).flatten(1))
+    if basis == "attention":
+        received = double(seen.token_weights).mean(0)
+        rows = rows * ((1 - _MIXING) * received + _MIXING / len(rows)).sqrt()[:, None]
     return rows.mT @ rows
+
+
+def _inputs(seen: Observed) -> InputProjections:
+    if seen.inputs is None:
+        raise InputError(
+            "ASVD looks at what the projections of keys and values were given, and that was not looked at here, or "
+            "this model has no such projections; use cskv"
+        )
+    return seen.inputs
 
 
 def principal(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from grace_opt.errors import InputError
 from grace_opt.heads import KINDS
 from grace_opt.models.attention import NAME, PREFIXES, Ours, require_attention_interface, switch
 from grace_opt.models.config import text_config
+from grace_opt.models.given import Given
 from grace_opt.models.rotary import Turn, rotary_of
 from grace_opt.runtime.kernels.choose import check_name
 from grace_opt.runtime.layer import PrunedLayer
@@ -47,6 +48,7 @@ class PrunedCache(Cache):
     plan: CachePlan
     _model: weakref.ref[Any]
     _release: Callable[[], object]
+    _look: Callable[[], object] | None = None  # ends looking at what projections are given
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
         copied = PrunedCache(layers=copy.deepcopy(self.layers, memo))
@@ -68,6 +70,8 @@ class PrunedCache(Cache):
     def release(self) -> None:
         """The cache goes out of use: the model gets back the attention implementation that it had."""
         self._release()
+        if self._look is not None:
+            self._look()
 
     def get_mask_sizes(self, *arguments: Any, **more: Any) -> tuple[int, int]:
         """As of ``Cache``; the offset tells the mask's maker whose cache this is."""
@@ -207,10 +211,16 @@ def _assembled(
     rotary = rotary_of(model)
     if any(_before_rope(layer_plan) for layer_plan in plan):
         rotary.layers()  # before the model runs, as it runs the model
+    looked_at = [layer_plan.index for layer_plan in plan if _looks_at_inputs(layer_plan)]
+    given = Given(model, looked_at) if looked_at else None
     for layer_plan in plan:
         layers[layer_plan.index].turn = Turn(rotary, layer_plan.index)
+        if given is not None:
+            layers[layer_plan.index].given = given
     past = PrunedCache(layers=layers)
     past._use(plan, model)
+    if given is not None:
+        past._look = weakref.finalize(past, given.end)
     return past
 
 
@@ -219,6 +229,14 @@ def _before_rope(plan: LayerPlan) -> bool:
     if plan.choice is not None:
         return CODECS[plan.choice.method.codec].before_rope
     return any(without_integers(codec).before_rope for codec in plan.codecs.get("key", ()))
+
+
+def _looks_at_inputs(plan: LayerPlan) -> bool:
+    """Whether what is fitted to a prompt asks what the projections were given."""
+    if plan.choice is None:
+        return False
+    method = plan.choice.method
+    return CODECS[method.codec].looks_at_inputs(**method.codec_options)
 
 
 def _check_preallocated(plan: CachePlan, max_length: int) -> None:

@@ -19,6 +19,7 @@ from grace_opt.compression.tiles import arranged
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.heads import KINDS, Kind
+from grace_opt.models.given import Given
 from grace_opt.models.rotary import Table, Turn
 from grace_opt.runtime.buffers import Buffer, Growing, followed, room_of, taken
 from grace_opt.runtime.handle import Handle
@@ -65,6 +66,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.offloading = False
         self.kernel: str | None = None  #: the only kernel to decode with, if one was asked for
         self.turn: Turn | None = None  #: how RoPE turns the layer's keys, for codecs that ask
+        self.given: Given | None = None  #: what the attention was given, if a codec asks
         self.stepwise = False  #: whether tokens of one update see each other as if they came one by one
         self.reset()
 
@@ -224,7 +226,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         first, rows = self.first_of(mask), []
         self._whole = self._starts_whole()
         if self.plan.watches and not self._whole:
-            rows = observed(self.plan, *self.prompt, query, scaling, first, output, self.turn)
+            hidden = None if self.given is None else self.given.take(self.index)
+            rows = observed(self.plan, *self.prompt, query, scaling, first, output, self.turn, hidden)
         stay = stay or staying(self.plan, rows, self.prompt[0].shape[2])
         states, self._prompt = self.prompt, None
         if stay is not None:

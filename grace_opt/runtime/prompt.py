@@ -26,13 +26,14 @@ def observed(
     first: Tensor,
     output: OutputProjection | None,
     turn: Turn | None = None,
+    hidden: Tensor | None = None,
 ) -> Rows:
     """For each row: what its last queries saw, and whether it has old tokens.
 
     keys and values [B, H, T, n]; query [B, Hq, m, n], the last of the prompt, at least ``plan.queries`` of them or all;
     first int64[B], where each row begins; ``output``: the projection after the attention; ``turn``: how RoPE turned the
-    keys. A row without old tokens is looked at as if all of its tokens were old; one of padding alone counts its last
-    token.
+    keys; ``hidden`` [B, T, D]: what the attention was given, if anybody asks. A row without old tokens is looked at as
+    if all of its tokens were old; one of padding alone counts its last token.
     """
     tokens, rows = keys.shape[2], []
     for row, begins in enumerate(first.tolist()):
@@ -49,6 +50,7 @@ def observed(
             output,
             plan.spans,
             turn,
+            None if hidden is None or output is None else output.inputs(hidden[row, start:]),
         )
         rows.append((seen, old))
     return rows

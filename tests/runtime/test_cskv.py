@@ -205,6 +205,84 @@ def test_a_prompt_is_projected_onto_its_own_best_space(family: str) -> None:
             )
 
 
+def published(model: Any, hidden: torch.Tensor, kind: str, rank: int) -> torch.Tensor:
+    """Keys before RoPE, or values, [T, H n] as ASVD's two factors make them of the first layer's inputs [T, D]:
+    scales of the mean magnitudes' roots, the SVD of the scaled projection, its singular values shared by both."""
+    layer = getattr(model.model.layers[0].self_attn, f"{kind[0]}_proj")
+    scales = (hidden.abs().mean(0) + 1e-6).sqrt()
+    u, s, v = torch.linalg.svd(scales[:, None] * layer.weight.T, full_matrices=False)
+    down, up = u[:, :rank] / scales[:, None] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * v[:rank]
+    return hidden @ down @ up + (0 if layer.bias is None else layer.bias)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_asvd_is_what_its_factors_make_of_the_inputs(family: str) -> None:
+    model = tiny_model(family)
+    ids = prompts()[0][1:2]
+    if family == "Qwen2":  # its biases begin as zeros
+        for name, bias in model.named_parameters():
+            if name.endswith("bias"):
+                bias.data.normal_(generator=torch.Generator().manual_seed(5))
+    past = grace_opt.runtime.online_cache(
+        model, method("asvd", {"recent_window": 2, "sinks": 1}), ratio=0.5, value_ratio=0.25
+    )
+    inputs: list[torch.Tensor] = []
+    attention = model.model.layers[0].self_attn
+    hook = attention.register_forward_pre_hook(
+        lambda _, given, named: inputs.append(named["hidden_states"][0]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=past)
+    hook.remove()
+    for kind, rank, held in (("key", 16, past.layers[0].key_side), ("value", 24, past.layers[0].value_side)):
+        read = held.codec.read(held.buffer.tokens, None)[0].movedim(0, 1).flatten(1)
+        torch.testing.assert_close(read, published(model, inputs[0], kind, rank), atol=1e-4, rtol=1e-4)
+    past.release()
+    assert not attention._forward_pre_hooks
+    normed = tiny_model("Qwen3")
+    with pytest.raises(InputError, match="not a plain linear layer of its input, which ASVD splits; use cskv"):
+        run(normed, grace_opt.runtime.online_cache(normed, "asvd", ratio=0.5))
+
+
+@pytest.mark.parametrize("name", ["asvd", "cskv-attention"])
+def test_a_row_of_a_batch_is_fitted_as_it_is_alone(name: str) -> None:
+    model = tiny_model("Llama")
+    policy = method(name, {"recent_window": 3, "sinks": 1})
+    ids, attended = prompts()
+
+    def fresh() -> Any:
+        return grace_opt.runtime.online_cache(model, policy, ratio=0.25, value_ratio=0.5)
+
+    together = run(model, fresh())
+    for row in range(3):
+        alone = model.generate(
+            ids[row : row + 1, attended[row].bool()],
+            past_key_values=fresh(),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert torch.equal(alone[0, -24:], together.sequences[row, -24:])
+
+
+def test_a_shared_budget_goes_where_eigenvalues_are_largest() -> None:
+    from grace_opt.compression.apply import apply
+    from grace_opt.compression.budget import Budget
+    from tests.support.observed import observed_layers
+
+    layers = observed_layers(4)
+    plan = apply(method("cskv", {"budget": "shared", "floor": 1}), layers, Budget(0.5, 0.25))
+    for kind, share in (("key", 0.5), ("value", 0.75)):
+        ranks = [plan.layers[i].codecs[kind][0].width for i in layers]  # type: ignore[index]
+        saved = [Cskv.spectrum(seen, kind) for seen in layers.values()]  # type: ignore[arg-type]
+        assert sum(ranks) == share * sum(map(len, saved))
+        worst = min(float(each[rank - 1]) for each, rank in zip(saved, ranks, strict=True))
+        best = max(float(each[rank]) for each, rank in zip(saved, ranks, strict=True) if rank < len(each))
+        assert worst >= best
+        assert kind == "value" or len(set(ranks)) > 1
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 def test_bytes_are_those_of_the_formula(bits: int | None) -> None:
     """Section 2.8's: codes of old tokens, whole ones in between; and to the byte, what `held_bytes` says."""
