@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from grace_opt.compression.codec import Codec
-from grace_opt.errors import InputError, did_you_mean
-from grace_opt.graphs.observed import double
+from grace_opt.errors import InputError
+from grace_opt.graphs.joint import inputs_of, joint_gram, require_basis
 from grace_opt.heads import Kind
 
 if TYPE_CHECKING:
-    from grace_opt.graphs.observed import InputProjections, Observed
-
-BASES = ("cskv", "attention", "asvd")
-_MIXING = 0.3  # of equal weights into attention's, as measured (docs/results/lowrank.md)
+    from grace_opt.graphs.observed import Observed
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +59,10 @@ class Cskv(Codec):
     def fit(cls, seen: Observed, kind: Kind, widths: Sequence[int], *, basis: str = "cskv", **_: Any) -> list[Self]:
         """One codec for all heads, of the rank that the heads' widths sum to.
 
-        With G = V S V', its eigenvalues descending, A = V_d' and B = V_d, where ``basis`` says G:
-
-        - ``cskv``: sum x x' over the prunable tokens, uncentred, keys before RoPE. That is the least squared error
-          (Eckart and Young, 1936), which the paper's reconstruction training approaches.
-        - ``attention``: the same under the attention that each token receives, as read-outs weigh them.
-        - ``asvd``: W D W', W the projection and D its input's mean magnitudes: the paper's initialisation, by ASVD
-          (arXiv 2312.05821, alpha 0.5). Its code x S^-1 U S_d^1/2, a function of the input x, is the key's projection
-          on V_d up to a scale of each number, and so is taken of the key; a bias is read as it is.
+        With G = V S V' the Gram matrix of this ``basis`` (`grace_opt.graphs.joint`), its eigenvalues descending, A =
+        V_d' and B = V_d: the least squared error under G (Eckart and Young, 1936), which the paper's reconstruction
+        training approaches. ASVD's code, a function of the projection's input, is the key's own projection on V_d up to
+        a scale of each number, and so is taken of the key; a bias is read as it is.
 
         O(T (H n)^2 + (H n)^3), once for all ranks.
         """
@@ -79,11 +72,16 @@ class Cskv(Codec):
             raise InputError(
                 f"a joint rank must be from 1 to the {len(vectors)} channels of all heads, got {rank}; prune less"
             )
-        kept = vectors[:rank].to(seen.keys.device)
+        bias = inputs_of(seen).of(kind)[1] if basis == "asvd" else None
+        return [cls.of_basis(vectors[:rank].to(seen.keys.device), heads, bias)]
+
+    @classmethod
+    def of_basis(cls, kept: Tensor, heads: int, bias: Tensor | None = None) -> Self:
+        """Of orthonormal rows float32[d, H n]; a bias float64[H n] is read as it is, whatever the rows make of it."""
         constant: Tensor | None = None
-        if basis == "asvd" and (bias := _inputs(seen).of(kind)[1]) is not None:
+        if bias is not None:
             constant = (bias - kept.double().mT @ (kept.double() @ bias)).float()
-        return [cls(kept, heads, constant=constant)]
+        return cls(kept, heads, constant=constant)
 
     @classmethod
     def spectrum(cls, seen: Observed, kind: Kind, *, basis: str = "cskv", **_: Any) -> Tensor:
@@ -132,42 +130,10 @@ class Cskv(Codec):
         return found if residual is None else found + residual
 
 
-def before_rope(seen: Observed) -> Tensor:
-    """The keys [H, T, n] of a prompt as they were before their positions turned them."""
-    if seen.turn is None:
-        raise InputError("keys before RoPE are not known here; use a codec of keys after RoPE, such as svd")
-
-    turn = seen.turn
-    return seen.once(before_rope, lambda: turn.back(seen.keys))
-
-
 def _principal(made_by: type, seen: Observed, kind: Kind, basis: str) -> tuple[Tensor, Tensor]:
     """`principal` of a basis' Gram matrix, once for all ranks."""
-    if basis not in BASES:
-        raise InputError(f"unknown basis {basis!r}{did_you_mean(basis, BASES)}")
-    return seen.once((made_by, kind, basis), lambda: principal(_gram(seen, kind, basis)))
-
-
-def _gram(seen: Observed, kind: Kind, basis: str) -> Tensor:
-    """float64[H n, H n] of all heads' channels side by side, about zero."""
-    if basis == "asvd":
-        weight, _ = _inputs(seen).of(kind)
-        return (weight * (double(_inputs(seen).magnitudes) + 1e-6)) @ weight.mT
-    tokens = (before_rope(seen) if kind == "key" else seen.values)[:, seen.prunable]
-    rows = double(tokens.movedim(0, 1).flatten(1))
-    if basis == "attention":
-        received = double(seen.token_weights).mean(0)
-        rows = rows * ((1 - _MIXING) * received + _MIXING / len(rows)).sqrt()[:, None]
-    return rows.mT @ rows
-
-
-def _inputs(seen: Observed) -> InputProjections:
-    if seen.inputs is None:
-        raise InputError(
-            "ASVD looks at what the projections of keys and values were given, and that was not looked at here, or "
-            "this model has no such projections; use cskv"
-        )
-    return seen.inputs
+    require_basis(basis)
+    return seen.once((made_by, kind, basis), lambda: principal(joint_gram(seen, kind, basis)))
 
 
 def principal(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,6 @@ def _captured(
     outputs: dict[int, OutputProjection] = {}
     inputs: dict[int, InputProjections] = {}
     held = int(past.get_seq_length())
-    given = Given(model)
 
     def keep(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, arguments: dict[str, Any]) -> None:
         if arguments.get("sliding_window") is not None:
@@ -124,11 +123,8 @@ def _captured(
             inputs[layer] = InputProjections(module, mean)
 
     began = time.perf_counter()
-    try:
-        with torch.inference_mode(), attending_with(model, observing(keep)):
-            model.base_model(input_ids=row[:, held:prefix], past_key_values=past, use_cache=True)
-    finally:
-        given.end()
+    with torch.inference_mode(), attending_with(model, observing(keep)), Given(model) as given:
+        model.base_model(input_ids=row[:, held:prefix], past_key_values=past, use_cache=True)
     seconds = time.perf_counter() - began
     for layer in [layer for layer in asked if type(past.layers[layer]) is not DynamicLayer]:
         del asked[layer]  # a sliding or chunked window: its cache is short already, and stays as it is

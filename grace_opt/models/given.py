@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -22,6 +22,12 @@ class Given:
             if hasattr(module, "k_proj") and hasattr(module, "layer_idx")
             if layers is None or module.layer_idx in layers
         ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
 
     def __deepcopy__(self, memo: object) -> Given:
         return self
