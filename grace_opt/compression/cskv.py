@@ -20,22 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Cskv(Codec):
-    """The tokens x of all KV heads side by side are stored as z = A x and read as B z + constant.
+    """The tokens x of all KV heads side by side are stored as z = A x and read as A' z + constant.
 
     Keys are meant before RoPE: old ones are rebuilt and turned as they are read. Values are not rebuilt: the weights
-    are summed over rows, and each head reads that by its own part of B. A whole token holds the rest at full width, so
+    are summed over rows, and each head reads that by its own part of A. A whole token holds the rest at full width, so
     nothing of A's complement is held.
 
     Attributes:
         basis: A, [.., d, H n].
         kv_heads: H.
-        up: B', [.., d, H n]; None: A's, for orthonormal rows.
         constant: [.., H n], or None for zeros.
     """
 
     basis: Tensor
     kv_heads: int
-    up: Tensor | None = None
     constant: Tensor | None = None
 
     name: ClassVar[str] = "cskv"
@@ -49,18 +47,15 @@ class Cskv(Codec):
                 f"a joint rank must be from 1 to the {size} channels of all {self.kv_heads} KV heads, which are of one "
                 f"size; got {self.basis.shape[-2]}"
             )
-        fits = (self.up is None or self.up.shape[-2:] == self.basis.shape[-2:]) and (
-            self.constant is None or self.constant.shape[-1] == size
-        )
-        if not fits:
-            raise InputError("the two factors of a joint rank must be of one shape, and its constant as wide as they")
+        if self.constant is not None and self.constant.shape[-1] != size:
+            raise InputError("the constant of a joint rank must be as wide as its basis")
 
     @classmethod
     def fit(cls, seen: Observed, kind: Kind, widths: Sequence[int], *, basis: str = "cskv", **_: Any) -> list[Self]:
         """One codec for all heads, of the rank that the heads' widths sum to.
 
         With G = V S V' the Gram matrix of this ``basis`` (`grace_opt.graphs.joint`), its eigenvalues descending, A =
-        V_d' and B = V_d: the least squared error under G (Eckart and Young, 1936), which the paper's reconstruction
+        V_d' and its B = V_d: the least squared error under G (Eckart and Young, 1936), which the paper's reconstruction
         training approaches. ASVD's code, a function of the projection's input, is the key's own projection on V_d up to
         a scale of each number, and so is taken of the key; a bias is read as it is.
 
@@ -104,10 +99,6 @@ class Cskv(Codec):
     def width(self) -> int:
         return self.basis.shape[-2]
 
-    @property
-    def _up(self) -> Tensor:
-        return self.basis if self.up is None else self.up
-
     def _by_head(self, tensor: Tensor) -> Tensor:
         """[.., H, d, n] of [.., d, H n]; stacked codecs have a dimension of one row of heads, which these take."""
         parts: Tensor = tensor.unflatten(-1, (self.kv_heads, -1)).movedim(-2, -3)  # type: ignore[no-untyped-call]
@@ -117,14 +108,14 @@ class Cskv(Codec):
         return x.movedim(-3, -2).flatten(-2).unsqueeze(-3) @ self.basis.mT
 
     def asked(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        return query @ self._by_head(self._up).mT, query
+        return query @ self._by_head(self.basis).mT, query
 
     def read(self, total: Tensor, residual: Tensor | None) -> Tensor:
         if total.shape[-3] == 1:  # rows: all heads in one product
-            side_by_side = (total @ self._up).squeeze(-3)
+            side_by_side = (total @ self.basis).squeeze(-3)
             found: Tensor = side_by_side.unflatten(-1, (self.kv_heads, -1)).movedim(-2, -3)  # type: ignore[no-untyped-call]
         else:
-            found = total @ self._by_head(self._up)
+            found = total @ self._by_head(self.basis)
         if self.constant is not None:
             found = found + self._by_head(self.constant.unsqueeze(-2))
         return found if residual is None else found + residual

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from grace_opt.compression.pays import held_bytes
 from grace_opt.errors import InputError
 from grace_opt.graphs.bundle import GraphBundle, load_bundle, save_bundle
 from grace_opt.graphs.calibrate import Calibration, calibrate
+from tests.support.command import inside
 from tests.support.families import ByteTokenizer, tiny_model
 from tests.support.generation import compare
 
@@ -113,3 +115,19 @@ def test_what_a_bundle_cannot_give_is_said() -> None:
     with pytest.raises(InputError, match="13 is the largest safe rank"):
         joint_mask(short, method("cskv"), Budget(0.25))
     joint_mask(short, method("cskv"), Budget(0.75))
+
+
+def test_the_command_line_makes_the_mask(tmp_path: Path) -> None:
+    model = tiny_model("Llama")
+    save_bundle(bundle_of(model), tmp_path / "b.safetensors")
+    asked = ["solve", tmp_path / "b.safetensors", "-o", tmp_path / "mask", "--method", "cskv"]
+    made = inside(*asked, "--ratio", 0.5, "--value-ratio", 0.75, "-f", "json")
+    assert made.returncode == 0, made.stderr
+    assert [(row["key rank"], row["value rank"]) for row in json.loads(made.stdout)["records"]] == [(16, 8)] * 2
+    assert load_mask(tmp_path / "mask").plan.layers[1].codecs["value"][0].heads == 2
+    refused = inside(*asked, "--ratio", 0.5, "--solver", "greedy")
+    assert refused.returncode == 2
+    assert "nothing to solve" in refused.stderr
+    refused = inside(*asked, "--ratio", 0.5, "--target", "gguf")
+    assert refused.returncode == 2
+    assert "gguf" in refused.stderr

@@ -31,7 +31,7 @@ FAMILIES = ["Llama", "Qwen2", "Qwen3", "Gemma", "Olmo2", "Cohere", "StableLm", "
 def joint(
     model: Any, rank: int, *, kinds: tuple[str, ...] = ("key", "value"), factors: bool = False, **windows: Any
 ) -> KVMask:
-    """A mask of random joint ranks in every layer; ``factors``: B is no transpose of A, and there is a constant."""
+    """A mask of random joint ranks in every layer; ``factors``: of no orthonormal rows, and with a constant."""
     rng, config = torch.Generator().manual_seed(0), model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     n = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -40,7 +40,7 @@ def joint(
         basis = torch.linalg.qr(torch.randn(heads * n, heads * n, generator=rng))[0][:rank].contiguous()
         if not factors:
             return Cskv(basis, heads)
-        return Cskv(basis, heads, basis * 1.2 + 0.02, 0.3 * torch.randn(heads * n, generator=rng))
+        return Cskv(basis * 1.1 + 0.02, heads, 0.3 * torch.randn(heads * n, generator=rng))
 
     layers = {
         i: LayerPlan(i, {kind: [codec()] for kind in kinds}, Windows(**windows))  # type: ignore[misc]
@@ -144,6 +144,55 @@ def test_cropped_tokens_might_never_have_come(generated: str, static: bool) -> N
     steps(pasts[0], 0, 5)
     pasts[0].crop(-5)
     assert_logits(steps(pasts[0], 5, 12), steps(pasts[1], 5, 12))
+
+
+@pytest.mark.parametrize("bits", [{}, {"key_bits": 4, "value_bits": 4}])
+@pytest.mark.parametrize("family", ["Llama", "Cohere"])
+def test_a_compiled_step_is_one_graph_and_gives_the_same(family: str, bits: dict[str, int]) -> None:
+    model = tiny_model(family)
+    ids = torch.randint(3, 99, (2, 45), generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    found = []
+    for step in (model, compiled):
+        past = grace_opt.runtime.cache(joint(model, 13, recent_window=4, sinks=2), model, max_length=80, **bits)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=past)
+            steps = [step(input_ids=ids[:, at : at + 1], past_key_values=past).logits for at in range(12)]
+        found.append(torch.stack(steps))
+    assert_logits(found[1], found[0])
+
+
+def test_a_cache_on_the_cpu_between_uses_gives_the_same() -> None:
+    model = tiny_model("Llama")
+    mask = joint(model, 13, factors=True, recent_window=4, sinks=2)
+    ways = [grace_opt.runtime.cache(mask, model, offload=offload) for offload in (False, True)]
+    one, other = (run(model, past) for past in ways)
+    assert torch.equal(one.sequences, other.sequences)
+
+
+def test_a_second_turn_sees_the_first_as_it_is_stored() -> None:
+    """Of a layer: the keys that the second turn meets are those that one token after the other would."""
+    model = tiny_model("Llama")
+    mask = joint(model, 9, recent_window=4, sinks=2)
+    ids, attended = prompts()
+    ways = []
+    for chunks in ([21, 6, 1, 9], [21, 6, 10]):
+        past = grace_opt.runtime.cache(mask, model)
+        more = torch.cat([ids, ids[:, :16]], dim=1)
+        seen = torch.cat([attended, torch.ones_like(ids[:, :16])], dim=1)
+        positions, low = (seen.cumsum(-1) - 1).clamp(min=0), 0
+        with torch.no_grad():
+            for size in chunks:
+                part = slice(low, low + size)
+                low += size
+                model(
+                    input_ids=more[:, part],
+                    attention_mask=seen[:, :low],
+                    position_ids=positions[:, part],
+                    past_key_values=past,
+                )
+        ways.append(past.layers[0].key_side.buffer.tokens[:, :, :28])
+    torch.testing.assert_close(ways[0], ways[1])
 
 
 def test_a_code_does_not_depend_on_how_its_token_came() -> None:

@@ -34,7 +34,7 @@ def rebuilt(codec: Cskv, states: torch.Tensor, turn: Turn | None, first: torch.T
     plain = states if table is None else table.back(states, positions)
     side_by_side = torch.cat(list(plain.unbind(1)), dim=-1).double()
     codes = side_by_side @ codec.basis.double().mT
-    found = codes @ (codec.basis if codec.up is None else codec.up).double()
+    found = codes @ codec.basis.double()
     found = found + (0 if codec.constant is None else codec.constant.double())
     by_head = torch.stack(found.to(states.dtype).chunk(states.shape[1], dim=-1), dim=1)
     return by_head if table is None else table.forth(by_head, positions)
