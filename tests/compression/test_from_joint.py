@@ -24,6 +24,7 @@ from tests.support.families import ByteTokenizer, tiny_model
 from tests.support.generation import compare
 
 WINDOW, SINKS, RECENT = 64, 2, 6
+PREFIX = "layers.0.k.kv_heads.0.basis"
 
 
 def text_of(windows: int) -> str:
@@ -131,3 +132,34 @@ def test_the_command_line_makes_the_mask(tmp_path: Path) -> None:
     refused = inside(*asked, "--ratio", 0.5, "--target", "gguf")
     assert refused.returncode == 2
     assert "gguf" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda said, held: said.update(kv_heads=3), "for 3 KV heads, and the model has 2"),
+        (lambda said, held: said.update(kv_heads="2"), "must be a whole number"),
+        (lambda said, held: held.update({PREFIX: held[PREFIX][:0]}), "must be from 1 to the 32 channels"),
+        (lambda said, held: held.update({PREFIX: held[PREFIX][None]}), "no matrices of real numbers"),
+        (lambda said, held: held.update({PREFIX: held[PREFIX].astype(np.int32)}), "no matrices of real numbers"),
+        (lambda said, held: held.update({PREFIX: held[PREFIX][0]}), "one of the wrong type"),
+        (lambda said, held: held.update({PREFIX: held[PREFIX] * np.float32(np.nan)}), "not finite"),
+        (lambda said, held: held.update({PREFIX: held[PREFIX][:, :24]}), "for 12 channels"),
+        (lambda said, held: held.pop(PREFIX), "lacks a field"),
+    ],
+)
+def test_a_spoilt_file_is_refused(change: Any, words: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    from grace_opt.files import file_sha256
+
+    save_mask(joint_mask(bundle_of(tiny_model("Llama")), method("cskv"), Budget(0.5, 0.5)), tmp_path)
+    said = json.loads((tmp_path / "kv_mask.json").read_text())
+    path = tmp_path / said["tensors"]["file"]
+    held = load_file(path)
+    change(said["layers"][0]["key"], held)
+    save_file({name: np.ascontiguousarray(each) for name, each in held.items()}, path)
+    said["tensors"]["sha256"] = file_sha256(path)
+    (tmp_path / "kv_mask.json").write_text(json.dumps(said))
+    with pytest.raises(InputError, match=words):
+        load_mask(tmp_path)
