@@ -35,8 +35,8 @@ ROWS = {
     0.3: ("int3",),
     0.27: ("think", "grace"),
     0.25: ("grace-opt", "streaming", "int2", "grace-opt+int4", "grace-opt+int3"),
-    0.15: ("think",),
-    0.125: ("grace-opt", "streaming", "grace-opt+int4", "grace-opt+int3", "grace-opt+int2"),
+    0.15: ("think", "grace-opt"),
+    0.125: ("streaming", "grace-opt+int4", "grace-opt+int3", "grace-opt+int2"),
 }
 TASKS = ("ruler", "longeval/lines", "needle/single")
 

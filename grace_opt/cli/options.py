@@ -271,6 +271,9 @@ class CalibrationOptions:
     rope_pairs: Annotated[
         bool, option("--rope-pairs/--no-rope-pairs", help="Tie the two key channels of each RoPE pair, for exports.")
     ] = False
+    lowrank: Annotated[
+        bool, option("--lowrank/--no-lowrank", help="Also measure what joint ranks (solve --method cskv) are made of.")
+    ] = False
     protection_multiple: Annotated[
         float, option("--protection-multiple", help="Salient: key norm above mean + this many standard deviations.")
     ] = 1.0

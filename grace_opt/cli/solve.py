@@ -30,9 +30,11 @@ MOST_WARNINGS = 5
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from grace_opt.compression.budget import Budget
     from grace_opt.compression.method import Method
+    from grace_opt.graphs.bundle import GraphBundle
     from grace_opt.solution import Solution
 
 
@@ -76,6 +78,9 @@ def solve(
     _require_place(isolate, where)
     given = choice.given(offline_solver=solver, recent_window=recent_window, sinks=sinks)
     method, asked, wanted = _wanted(target, much, choice, given, readout, talk)
+    if _is_joint(method, solver, readout):
+        _write_joint(load_bundle(bundle), method, asked, wanted, output, talk)
+        return
     name = method.selection.offline_solver
     chosen = create(name, own_options("--solver-option", solver_option or [], name))
     graphs = load_bundle(bundle)
@@ -126,6 +131,42 @@ def solve(
     _say_warnings(solutions, ignored_limits(chosen, ending.limits()), talk)
     if talk.format is Format.TABLE:
         talk.say(f"mask written to {output}")
+
+
+def _is_joint(method: Method, solver: str | None, readout: str | None) -> bool:
+    """Whether the method's ranks are in closed form. Raises InputError for what that has no use for."""
+    from grace_opt.compression.plugins import CODECS
+
+    joint = method.codec != "channels" and CODECS[method.codec].spectral
+    if joint and (solver is not None or readout is not None):
+        raise InputError(
+            "joint ranks are in closed form, with nothing to solve or to estimate; leave out --solver and --readout"
+        )
+    return joint
+
+
+def _write_joint(
+    graphs: GraphBundle, method: Method, asked: Budget, wanted: dict[str, Any], output: Path, talk: Talk
+) -> None:
+    """The mask of a method whose ranks are joint, and a row for each layer."""
+    from grace_opt.compression.from_joint import joint_mask
+    from grace_opt.compression.mask_file import save_mask
+    from grace_opt.files import check_writable
+
+    check_writable(output / "kv_mask.json")
+    windows = {name: value for name, value in wanted.items() if name != "readout_scope"}
+    with progress(talk.quiet) as show:
+        show("joint ranks")
+        mask = joint_mask(graphs, method, asked, **windows)
+    save_mask(mask, output)
+    ranks = {kind: mask.plan.widths(kind) for kind in KINDS}
+    rows = [
+        {"layer": i, **{f"{kind} rank": sum(ranks[kind].get(i, [])) or None for kind in KINDS}}
+        for i in mask.plan.layers
+    ]
+    print_records(rows, talk.format)
+    if talk.format is Format.TABLE:
+        talk.say(f"{mask.solver['lost']:.3g} of the squared sizes is lost; mask written to {output}")
 
 
 def _say_warnings(solutions: Sequence[Solution], said: Sequence[str], talk: Talk) -> None:

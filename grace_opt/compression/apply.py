@@ -161,7 +161,9 @@ def _allotment(method: Method, layers: Mapping[int, Observed], budget: Budget) -
     """Of what the budget prunes; None where nothing is chosen by channels."""
     if method.codec == "whole":
         return None
-    make = _problems if CODECS[method.codec].selects or method.sharing.budget == "shared" else _sizes
+    codec, shared = CODECS[method.codec], method.sharing.budget == "shared"
+    spectral = shared and codec.spectral
+    make = _spectra if spectral else _problems if codec.selects or shared else _sizes
     problems: dict[Kind, list[SubsetProblem]] = {
         kind: [problem for i, each in layers.items() for problem in make(method, i, each, kind)]
         for kind in KINDS
@@ -171,8 +173,8 @@ def _allotment(method: Method, layers: Mapping[int, Observed], budget: Budget) -
     itemsize, whole = seen.keys.element_size(), _whole(method, layers)
     sizes = {problem.n for heads in problems.values() for problem in heads}
     sharing = method.sharing if budget.share is None else method.sharing_of_bytes(itemsize, sizes)
-    costs = method.channel_bytes(itemsize)
-    return Allotment(problems, sharing, queries=seen.grouped.shape[1], costs=costs, whole=whole)
+    queries = 1 if spectral else seen.grouped.shape[1]
+    return Allotment(problems, sharing, queries=queries, costs=method.channel_bytes(itemsize), whole=whole)
 
 
 def _kept_channels(
@@ -235,6 +237,12 @@ def _sizes(method: Method, layer: int, seen: Observed, kind: Kind) -> list[Subse
     n = (seen.keys if kind == "key" else seen.values).shape[-1]
     zeros = np.zeros((n, n))
     return [SubsetProblem(zeros, 0, name=str(HeadName(layer, head, kind))) for head in range(len(seen.keys))]
+
+
+def _spectra(method: Method, layer: int, seen: Observed, kind: Kind) -> list[SubsetProblem]:
+    """One problem of a layer: what each number of its rows saves, by which a budget is shared over layers."""
+    saved = CODECS[method.codec].spectrum(seen, kind, **method.codec_options)
+    return [SubsetProblem(np.diag(saved.cpu().numpy()), 0, name=str(HeadName(layer, 0, kind)))]
 
 
 def _problems(method: Method, layer: int, seen: Observed, kind: Kind) -> list[SubsetProblem]:

@@ -8,6 +8,11 @@ token (a sink, or one of the recent window) holds a residual r beside its row, s
 
 A token that is not whole has r = 0. So one formula serves every token, one softmax spans them all, and nothing is ever
 decoded to its full width before attention.
+
+Two kinds of codecs differ. One row may be of several KV heads (`Codec.heads`): then x, queries, residuals and what is
+read are by head, [.., H, m, n], and z is [.., 1, m, width]. And keys may be stored before RoPE (`Codec.before_rope`):
+scores of these need the token's position, so old keys are read back, some at a time, and turned to it; residuals are
+still of keys as attention meets them.
 """
 
 from __future__ import annotations
@@ -37,10 +42,14 @@ class Codec(ABC):
     Attributes:
         name: in `CODECS` and in mask files.
         selects: whether its heads' channels are chosen by a solver (`Channels`); if not, `fit` makes it.
+        spectral: whether `spectrum` says how a budget is shared over layers.
+        before_rope: whether keys are given to it as they are before RoPE.
     """
 
     name: ClassVar[str]
     selects: ClassVar[bool] = False
+    spectral: ClassVar[bool] = False
+    before_rope: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -51,6 +60,11 @@ class Codec(ABC):
     @abstractmethod
     def width(self) -> int:
         """Numbers of a stored row."""
+
+    @property
+    def heads(self) -> int:
+        """How many KV heads share a row: 1, or all of a layer."""
+        return 1
 
     @property
     def residual_width(self) -> int:
@@ -64,11 +78,22 @@ class Codec(ABC):
 
     @classmethod
     def fit(cls, seen: Observed, kind: Kind, widths: Sequence[int], **options: Any) -> list[Self]:
-        """The codecs of a layer's KV heads, of these widths, for what its attention saw.
+        """The codecs of a layer's KV heads, of these widths, for what its attention saw; one, if they share rows.
 
         ``options`` are the method's ``codec_options``. Raises InputError for what it cannot do.
         """
         raise NotImplementedError(f"{cls.__name__} is not fitted to tokens")
+
+    @classmethod
+    def spectrum(cls, seen: Observed, kind: Kind, **options: Any) -> Tensor:
+        """What each number of a row of all heads saves of the squared error, float64[H n], the most first, of a sum of
+        1."""
+        raise NotImplementedError(f"{cls.__name__} has no spectrum")
+
+    @classmethod
+    def looks_at_inputs(cls, **options: Any) -> bool:
+        """Whether `fit` asks for `Observed.inputs`."""
+        return False
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,8 +70,8 @@ def problems_of(
         return pruned.by(budget)
     from grace_opt.compression.pays import held_bytes
 
-    windows, recipe = _windows(bundle, method, recent_window, sinks), _recipe(method, readout_scope)
-    shapes, layers = _shapes(bundle), {head.layer for head in bundle.heads}
+    windows, recipe = windows_of(bundle, method, recent_window, sinks), _recipe(method, readout_scope)
+    shapes, layers = shapes_of(bundle), {head.layer for head in bundle.heads}
 
     def held(tried: Budget) -> float:
         problems = pruned.by(tried)
@@ -93,7 +93,7 @@ class _Pruned:
         for head, problem in zip(bundle.heads, plain, strict=True):
             if not in_bytes or like.prunes(head.kind):
                 problems.setdefault(head.kind, []).append(problem)
-        kv_heads = _shapes(bundle)["key"][0]
+        kv_heads = shapes_of(bundle)["key"][0]
         group = max(1, bundle.integer("num_attention_heads", kv_heads) // kv_heads)
         sizes = {problem.n for heads in problems.values() for problem in heads}
         self.allotment = Allotment(
@@ -114,11 +114,11 @@ class _Pruned:
 
 def _whole(bundle: GraphBundle, method: Method) -> float:
     """Bytes of an old token with nothing pruned, in all layers."""
-    costs, shapes = method.channel_bytes(ITEMSIZE), _shapes(bundle)
+    costs, shapes = method.channel_bytes(ITEMSIZE), shapes_of(bundle)
     return len({head.layer for head in bundle.heads}) * sum(costs[kind] * math.prod(shapes[kind]) for kind in KINDS)
 
 
-def _shapes(bundle: GraphBundle) -> dict[Kind, tuple[int, int]]:
+def shapes_of(bundle: GraphBundle) -> dict[Kind, tuple[int, int]]:
     """KV heads, and channels of a whole key and of a whole value."""
     _, heads = bundle.geometry()
     n = bundle.integer("head_dim", len(bundle.heads[0].weights))
@@ -147,7 +147,7 @@ def _sized_plans(
     return [LayerPlan(layer, kinds, windows, None if static else recipe) for layer, kinds in codecs.items()]
 
 
-def _windows(bundle: GraphBundle, method: Method, recent_window: int | None, sinks: int | None) -> Windows:
+def windows_of(bundle: GraphBundle, method: Method, recent_window: int | None, sinks: int | None) -> Windows:
     """The mask's, and the graphs' own where they are left out."""
     return replace(
         method.windows,
@@ -206,7 +206,7 @@ def mask_from_solutions(
                 raise InputError(
                     f"the bundle holds {kind} graphs of KV heads {sorted(by_head)} of {heads} in layer {layer}"
                 )
-    windows = _windows(bundle, method, recent_window, sinks)
+    windows = windows_of(bundle, method, recent_window, sinks)
     plans = {
         layer: LayerPlan(
             layer,
@@ -218,7 +218,7 @@ def mask_from_solutions(
         )
         for layer, kinds in codecs.items()
     }
-    return _mask_of_plan(bundle, CachePlan(plans), solutions, heads, method)
+    return _mask_of_plan(bundle, CachePlan(plans), solutions, method)
 
 
 def _require_solutions(bundle: GraphBundle, solutions: Sequence[Solution]) -> None:
@@ -241,31 +241,16 @@ def _window_tokens(bundle: GraphBundle) -> int:
     return tokens
 
 
-def _mask_of_plan(
-    bundle: GraphBundle, plan: CachePlan, solutions: Sequence[Solution], heads: int, method: Method
-) -> KVMask:
+def _mask_of_plan(bundle: GraphBundle, plan: CachePlan, solutions: Sequence[Solution], method: Method) -> KVMask:
     from grace_opt.compression.mask import KVMask
 
     first = solutions[0]
     gaps = [solution.gap for solution in solutions]
-    about = {key: value for key, value in bundle.metadata.items() if key not in ("format", "version")}
-    keys = {len(head.weights) for head in bundle.heads if head.kind == "key"}
-    dims = keys or {len(head.weights) for head in bundle.heads}
-    if len(dims) > 1:
-        raise InputError(f"the bundle's heads have {sorted(dims)} channels; a mask needs them all of one size")
     paired = any(head.groups is not None for head in bundle.heads)
     return KVMask(
-        model=about.get("model", "unknown"),
-        config_sha256=about.get("config_sha256"),
-        num_hidden_layers=bundle.geometry()[0] or None,
-        num_attention_heads=bundle.integer("num_attention_heads", 0) or None,
-        num_key_value_heads=heads,
-        head_dim=dims.pop(),
         plan=plan,
-        softmax_scale=bundle.positive("softmax_scale"),
         structure="rope_pair" if paired else "channel",
         align=method.sharing.align,
-        calibration=about,
         solver={
             "name": first.solver,
             "version": first.solver_version,
@@ -275,4 +260,25 @@ def _mask_of_plan(
             "max_gap": max(gaps) if all(map(math.isfinite, gaps)) else None,
             "bound_kinds": sorted({solution.bound_kind.value for solution in solutions}),
         },
+        **about_model(bundle),
     )
+
+
+def about_model(bundle: GraphBundle) -> dict[str, Any]:
+    """The fields of a mask that say for which model it is, and on what it was calibrated."""
+    about = {key: value for key, value in bundle.metadata.items() if key not in ("format", "version")}
+    keys = {len(head.weights) for head in bundle.heads if head.kind == "key"}
+    dims = keys or {len(head.weights) for head in bundle.heads}
+    if len(dims) > 1:
+        raise InputError(f"the bundle's heads have {sorted(dims)} channels; a mask needs them all of one size")
+    layers, heads = bundle.geometry()
+    return {
+        "model": about.get("model", "unknown"),
+        "config_sha256": about.get("config_sha256"),
+        "num_hidden_layers": layers or None,
+        "num_attention_heads": bundle.integer("num_attention_heads", 0) or None,
+        "num_key_value_heads": heads,
+        "head_dim": dims.pop(),
+        "softmax_scale": bundle.positive("softmax_scale"),
+        "calibration": about,
+    }

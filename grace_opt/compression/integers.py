@@ -62,6 +62,10 @@ class Integers(Codec):
         return self.inner.width
 
     @property
+    def heads(self) -> int:
+        return self.inner.heads
+
+    @property
     def residual_width(self) -> int:
         return self.inner.residual_width
 

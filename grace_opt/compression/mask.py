@@ -73,8 +73,9 @@ class KVMask:
                 self._check(f"the mask's {kind} channels of layer {layer.index}", kind, codecs)
 
     def _check(self, where: str, kind: Kind, codecs: Sequence[Codec]) -> None:
-        if len(codecs) != self.num_key_value_heads:
-            raise InputError(f"{where} are for {len(codecs)} KV heads, and the model has {self.num_key_value_heads}")
+        heads = sum(codec.heads for codec in codecs)
+        if heads != self.num_key_value_heads:
+            raise InputError(f"{where} are for {heads} KV heads, and the model has {self.num_key_value_heads}")
         sizes = {codec.n for codec in codecs} - {0}
         check_geometry(where, self.layer_count, self.num_key_value_heads, max(sizes, default=0))
         if sizes and (len(sizes) > 1 or (kind == "key" and sizes != {self.head_dim})):

@@ -278,7 +278,14 @@ def _codecs(
     used: set[str],
 ) -> list[Codec]:
     """The codecs of one layer's heads. ``used`` collects the names of tensors that belong to something."""
-    each = entry.get("heads")
+    each, innermost = entry.get("heads"), _innermost(entry)
+    if "kv_heads" in innermost:  # rows of all heads
+        if whole(innermost["kv_heads"], "kv_heads") != heads:
+            raise InputError(f"the mask's {prefix} is for {innermost['kv_heads']} KV heads, and the model has {heads}")
+        joint = _codec(entry, f"{prefix}.kv_heads.0", n, None, tensors, of_heads, used)
+        if any(tensor.dim() > 2 or not tensor.is_floating_point() for tensor in joint.tensors().values()):
+            raise InputError(f"the mask's {prefix} has tensors that are no matrices of real numbers; make it again")
+        return [joint]
     if each is None:
         held = keep_of(tensors, prefix, None, used) if _innermost(entry)["codec"] == "channels" else None
         each = [entry] * (heads if held is None else len(held))

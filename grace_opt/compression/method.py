@@ -159,6 +159,7 @@ def _think(**selection: Any) -> dict[str, Any]:
 
 
 _UNIFORM: dict[str, Any] = {"sharing": Sharing("uniform"), "readout": ReadoutRecipe("none")}
+_JOINT: dict[str, Any] = {"windows": Windows(generated="prune"), **_UNIFORM}
 METHODS: dict[str, Method] = {
     # ThinK (arXiv 2407.21018; its values: appendix D), with sinks, so that all methods keep the same tokens whole.
     "think": Method(sharing=Sharing("uniform"), **_think(solver="independent", offline_solver="independent")),
@@ -170,6 +171,11 @@ METHODS: dict[str, Method] = {
     "streaming": Method(codec="whole", tokens="streaming", readout=ReadoutRecipe("none")),
     "svd": Method(codec="lowrank", codec_options={"basis": "svd"}, **_UNIFORM),
     "kq-svd": Method(codec="lowrank", codec_options={"basis": "kq-svd"}, **_UNIFORM),
+    # CSKV (arXiv 2409.10593), its ranks fitted to each prompt in closed form, its window sliding.
+    "cskv": Method(codec="cskv", codec_options={"basis": "cskv"}, **_JOINT),
+    "cskv-attention": Method(codec="cskv", codec_options={"basis": "attention"}, **_JOINT),
+    # ASVD (arXiv 2312.05821), as CSKV initialises from it.
+    "asvd": Method(codec="cskv", codec_options={"basis": "asvd"}, **_JOINT),
 }
 
 _INTEGERS = {f"int{bits}": bits for bits in BITS}  # the end of a composed name -> bits of keys and values
@@ -200,7 +206,8 @@ def require_effect(method: Method, given: Collection[str], budgets: Sequence[Bud
     """Raise InputError for an option, of those ``given``, that has no effect with what else the method is."""
     kind, fitted = method.sharing.budget, method.readout.readout_fit
     selects = method.codec == "channels" or CODECS[method.codec].selects  # the table loads torch
-    measured = selects or (kind == "shared" and method.codec != "whole")  # graphs say what is kept, or how much of each
+    # Graphs say what is kept, or how much of each.
+    measured = selects or (kind == "shared" and method.codec != "whole" and not CODECS[method.codec].spectral)
     other_budget = f"in a {kind} budget; leave it out, or give budget="
     no_readout = f"with readout_fit={fitted}; leave it out, or give readout_fit=attention"
     no_tokens = "without a token policy; leave it out, or give tokens=NAME"

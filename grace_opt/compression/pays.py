@@ -108,8 +108,12 @@ def _old(plan: LayerPlan, tokens: int) -> int:
 
 def _of_codecs(plan: LayerPlan, codecs: Mapping[Kind, Sequence[Codec]], tokens: int, itemsize: int) -> float:
     of_heads = sum(_held(plan, kind, codec, tokens, itemsize) for kind, each in codecs.items() for codec in each)
-    parts = {tuple(codec.signature() for codec in head) for head in zip(*codecs.values(), strict=True)}
-    return of_heads + 8 * len(parts) + _positions(plan, tokens)
+    alike = [{codec.signature() for codec in each} for each in codecs.values()]
+    if max(map(len, alike), default=1) == 1:  # also where one codec is of all heads
+        parts = 1 if codecs else 0
+    else:
+        parts = len({tuple(codec.signature() for codec in head) for head in zip(*codecs.values(), strict=True)})
+    return of_heads + 8 * parts + _positions(plan, tokens)
 
 
 def _positions(plan: LayerPlan, tokens: int) -> int:
@@ -121,8 +125,8 @@ def _positions(plan: LayerPlan, tokens: int) -> int:
 
 
 def _held(plan: LayerPlan, kind: Kind, codec: Codec, tokens: int, itemsize: int) -> float:
-    """Bytes of one head's keys or values after a prompt (docs/cache.md)."""
-    windows, width, dropped = plan.windows, codec.width, codec.residual_width
+    """Bytes of one codec's keys or values after a prompt (docs/cache.md)."""
+    windows, width, dropped = plan.windows, codec.width, codec.residual_width * codec.heads
     last = windows.recent_window + windows.spare
     stay = _staying(plan, tokens)
     blocks = max(0, stay - windows.sinks - last) // codec.block * codec.block if codec.block else 0

@@ -25,7 +25,7 @@ class LayerPlan:
 
     Attributes:
         index: of the layer.
-        codecs: kind -> one for each KV head. A kind that is left out is held as it comes.
+        codecs: kind -> one for each KV head, or one for all. A kind that is left out is held as it comes.
         windows: sinks, recent window, and what becomes of generated tokens.
         readout: fit read-outs of this recipe to each prompt, for codecs that have dropped channels and no read-out of
             their own; None: read them as their codecs say.
@@ -47,7 +47,12 @@ class LayerPlan:
     @property
     def heads(self) -> int | None:
         """KV heads, where the codecs say."""
-        return next((len(each) for each in self.codecs.values()), None)
+        return next((sum(codec.heads for codec in each) for each in self.codecs.values()), None)
+
+    @property
+    def joint(self) -> bool:
+        """Whether rows are of all KV heads, of keys or of values."""
+        return any(codec.heads > 1 for each in self.codecs.values() for codec in each)
 
     @property
     def watches(self) -> bool:
@@ -70,10 +75,11 @@ class LayerPlan:
         for kind, states in zip(KINDS, (keys, values), strict=True):
             codecs = self.codecs.get(kind, ())
             sizes = {codec.n for codec in codecs} - {0}
-            if sizes and (len(codecs) != states.shape[1] or sizes != {states.shape[3]}):
+            heads = sum(codec.heads for codec in codecs)
+            if sizes and (heads != states.shape[1] or sizes != {states.shape[3]}):
                 size = " or ".join(map(str, sorted(sizes)))
                 raise InputError(
-                    f"the mask has {len(codecs)} KV heads of {size} {kind} channels in layer {self.index}, the model "
+                    f"the mask has {heads} KV heads of {size} {kind} channels in layer {self.index}, the model "
                     f"has {states.shape[1]} of {states.shape[3]}; use a mask made for this model"
                 )
 

@@ -72,6 +72,7 @@ CODECS: Table[type[Codec]] = Table(
         "whole": "grace_opt.compression.codec:Whole",
         "channels": "grace_opt.compression.channels:Channels",
         "lowrank": "grace_opt.compression.lowrank:LowRank",
+        "cskv": "grace_opt.compression.cskv:Cskv",
         "integers": "grace_opt.compression.integers:Integers",
     },
 )

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from grace_opt.compression.method import Windows
 from grace_opt.errors import InputError
-from grace_opt.graphs.observed import Observed, OutputProjection
+from grace_opt.graphs.observed import InputProjections, Observed, OutputProjection
 from grace_opt.models.attention import attending_with, observing, require_attention_interface
+from grace_opt.models.given import Given
 from grace_opt.models.inputs import input_device, require_rows
+from grace_opt.models.rotary import Turn, rotary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +34,7 @@ class Captured:
     queries: dict[int, Tensor]  #: layer -> [Hq, w, n], the last queries of the prefix
     scaling: dict[int, float]
     outputs: dict[int, OutputProjection]  #: layer -> the projection after its attention
+    inputs: dict[int, InputProjections]  #: layer -> the projections before it, where it has any
     seconds: float
     _observed: dict[tuple[int, int, int, int | None], dict[int, Observed]] = field(default_factory=dict)
 
@@ -48,6 +51,8 @@ class Captured:
                 windows.recent_window,
                 self.outputs[layer],
                 spans,
+                Turn(rotary_of(self.model), layer),
+                self.inputs.get(layer),
             )
         return seen
 
@@ -63,7 +68,7 @@ def capture(model: PreTrainedModel, ids: Sequence[int], prefix: int, queries: in
     require_rows(model, ids)
     row = torch.tensor([list(ids)], device=input_device(model))
     past = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return _captured(model, row, prefix, past, queries, {})
+    return _captured(model, row, prefix, past, queries, {}, {})
 
 
 def extended(captured: Captured, ids: Sequence[int]) -> Captured:
@@ -73,7 +78,7 @@ def extended(captured: Captured, ids: Sequence[int]) -> Captured:
     """
     row = torch.cat([captured.ids[:, : captured.prefix], captured.ids.new_tensor([list(ids)])], 1)
     queries = next(iter(captured.queries.values())).shape[1]
-    return _captured(captured.model, row, row.shape[1], dense(captured), queries, captured.queries)
+    return _captured(captured.model, row, row.shape[1], dense(captured), queries, captured.queries, captured.inputs)
 
 
 def dense(captured: Captured) -> Any:
@@ -86,14 +91,22 @@ def dense(captured: Captured) -> Any:
 
 
 def _captured(
-    model: PreTrainedModel, row: Tensor, prefix: int, past: Any, queries: int, before: Mapping[int, Tensor]
+    model: PreTrainedModel,
+    row: Tensor,
+    prefix: int,
+    past: Any,
+    queries: int,
+    before: Mapping[int, Tensor],
+    inputs_before: Mapping[int, InputProjections],
 ) -> Captured:
-    """Run what ``past`` does not hold of the prefix; ``before``: the last queries of what it does."""
+    """Run what ``past`` does not hold of the prefix; ``before``: the last queries and the inputs of what it does."""
     from transformers.cache_utils import DynamicLayer
 
     asked: dict[int, Tensor] = {}
     scaling: dict[int, float] = {}
     outputs: dict[int, OutputProjection] = {}
+    inputs: dict[int, InputProjections] = {}
+    held = int(past.get_seq_length())
 
     def keep(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, arguments: dict[str, Any]) -> None:
         if arguments.get("sliding_window") is not None:
@@ -103,10 +116,14 @@ def _captured(
         asked[layer] = last[:, -queries:].clone()
         scaling[layer] = scale
         outputs[layer] = OutputProjection(module, query.shape[1], value)
+        if (hidden := given.take(layer)) is not None:
+            mean = hidden[0].float().abs().mean(0)
+            if held:
+                mean = (held * inputs_before[layer].magnitudes + (prefix - held) * mean) / prefix
+            inputs[layer] = InputProjections(module, mean)
 
-    held = int(past.get_seq_length())
     began = time.perf_counter()
-    with torch.inference_mode(), attending_with(model, observing(keep)):
+    with torch.inference_mode(), attending_with(model, observing(keep)), Given(model) as given:
         model.base_model(input_ids=row[:, held:prefix], past_key_values=past, use_cache=True)
     seconds = time.perf_counter() - began
     for layer in [layer for layer in asked if type(past.layers[layer]) is not DynamicLayer]:
@@ -116,4 +133,4 @@ def _captured(
             f"{type(model).__name__} has no layer that attends to all tokens; the caches of its sliding windows are "
             "short already, and compressing them is not supported"
         )
-    return Captured(model, row, prefix, past, asked, scaling, outputs, seconds)
+    return Captured(model, row, prefix, past, asked, scaling, outputs, inputs, seconds)

@@ -16,7 +16,7 @@ from grace_opt.compression.plan import CachePlan
 from grace_opt.evaluate.capture import Captured
 from grace_opt.evaluate.replay import narrow, replay
 from grace_opt.files import json_text
-from grace_opt.heads import KINDS
+from grace_opt.heads import KINDS, Kind
 from grace_opt.runtime.cache import PrunedCache, cache_nbytes
 
 Generated = Literal["keep", "prune"]
@@ -122,7 +122,13 @@ def trials(methods: Mapping[str, Method], budgets: Sequence[Budget], generated: 
     return [Trial(name, each, budget, generated) for budget in budgets for name, each in methods.items()]
 
 
+def _pruned(mask: KVMask, kind: Kind) -> float:
+    """Which fraction of the numbers of a model's keys or values a mask leaves out of rows."""
+    codecs = [codec for layer in mask.plan for codec in layer.codecs.get(kind, ()) if codec.n]
+    return sum(codec.heads - codec.width / codec.n for codec in codecs) / (mask.layer_count * mask.num_key_value_heads)
+
+
 def mask_trial(name: str, mask: KVMask, generated: Generated | None = None) -> Trial:
     """A mask, with everything that it says."""
-    pruned, pruned_values = (float(1 - mask.keep_matrix(kind).mean()) for kind in KINDS)
+    pruned, pruned_values = (_pruned(mask, kind) for kind in KINDS)
     return Trial(name, mask, Budget(pruned, pruned_values), generated)

@@ -26,6 +26,7 @@ class Abilities:
         integers: rows may be packed.
         token_policies: tokens may be dropped.
         choices: a method may choose from each prompt.
+        joint: a row may be of all KV heads of a layer.
         whole_tokens: sinks and the recent window may stay whole.
         recent_window: the window that `solve` takes; None: that of the graphs.
         prefill: how prompts are computed: ``full``, or ``pruned`` (on what is stored).
@@ -40,6 +41,7 @@ class Abilities:
     integers: bool = True
     token_policies: bool = True
     choices: bool = True
+    joint: bool = True
     whole_tokens: bool = True
     recent_window: int | None = None
     prefill: Literal["full", "pruned"] = "full"
@@ -71,6 +73,7 @@ class Needs:
     integers: bool = False
     token_policies: bool = False
     choices: bool = False
+    joint: bool = False
     whole_tokens: bool = False
     prefill: str = "full"
     generated: str = "prune"
@@ -92,6 +95,7 @@ class Needs:
             integers=any(codec.block for each in pressed.values() for codecs in each for codec in codecs),
             token_policies=any(plan.tokens is not None for plan in plans),
             choices=any(plan.choice is not None for plan in plans),
+            joint=any(plan.joint for plan in plans),
             whole_tokens=any(plan.windows.recent_window or plan.windows.sinks for plan in plans),
             prefill=mask.prefill,
             generated="keep" if any(plan.windows.generated == "keep" for plan in plans) else "prune",
@@ -113,14 +117,30 @@ class Needs:
 
 def refusals(can: Abilities, needs: Needs) -> Iterator[str]:
     """What stands in the way, the most general first; each the end of a sentence that begins with "the target NAME"."""
-    if needs.choices and not can.choices:
-        yield "cannot choose channels from each prompt; make a mask with grace-opt solve"
-    if needs.token_policies and not can.token_policies:
-        yield "cannot drop tokens (token policy); solve with a method that has none, as grace-opt"
-    if not needs.kinds and not needs.choices and not needs.token_policies:
-        yield "needs a mask that compresses keys or values; solve with a ratio above 0"
-    if needs.integers and not can.integers:
-        yield "cannot hold rows as integers; solve without key_bits and value_bits"
+    nothing = not needs.kinds and not needs.choices and not needs.token_policies
+    yield from (
+        said
+        for refused, said in (
+            (
+                needs.choices and not can.choices,
+                "cannot choose channels from each prompt; make a mask with grace-opt solve",
+            ),
+            (
+                needs.token_policies and not can.token_policies,
+                "cannot drop tokens (token policy); solve with a method that has none, as grace-opt",
+            ),
+            (nothing, "needs a mask that compresses keys or values; solve with a ratio above 0"),
+            (
+                needs.integers and not can.integers,
+                "cannot hold rows as integers; solve without key_bits and value_bits",
+            ),
+            (
+                needs.joint and not can.joint,
+                "reads rows of one KV head, and this mask's are of all heads of a layer; use the target hf-generate",
+            ),
+        )
+        if refused
+    )
     for kind in needs.kinds:
         if kind not in can.kinds:
             others = " and ".join(f"{each}s" for each in can.kinds)
@@ -151,4 +171,4 @@ def model_refusals(can: Abilities, config: Any) -> Iterator[str]:
 
 
 #: what stored caches are made by: `grace_opt.export.store` and its target
-STORED = Abilities(token_policies=False, choices=False, generated="keep")
+STORED = Abilities(token_policies=False, choices=False, joint=False, generated="keep")

@@ -39,6 +39,7 @@ FOLDS = Abilities(
     integers=False,
     token_policies=False,
     choices=False,
+    joint=False,
     whole_tokens=False,
     prefill="pruned",
     generated="prune",

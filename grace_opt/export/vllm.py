@@ -42,6 +42,7 @@ class VLLM(Target):
         integers=False,
         token_policies=False,
         choices=False,
+        joint=False,
         recent_window=256,
         prefill="pruned",
         generated="prune",

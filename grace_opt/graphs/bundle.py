@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,18 @@ from grace_opt.tensor_file import TensorFile, tensor_file
 
 FORMAT, VERSION = "grace_opt.graphs", "1"
 METADATA_VALUE, METADATA_TOTAL = 4096, 1 << 16  #: characters; metadata is shown in lists, so that it must stay small
+JOINT_CHANNELS = 1 << 14  #: of all KV heads of a layer, side by side
 NARROW_LIMIT = 1 << 28  #: bytes that a file of numbers narrower than 32 bits may take as float64
 
 _STATISTICS = (
     *("query_gram", "key_gram", "key_mean", "value_gram", "value_mean", "attention_gram", "attention_mean"),
     *("protected", "groups"),
 )
+
+
+#: Gram matrices that joint ranks are fitted to (`grace_opt.graphs.joint`)
+BASES = ("cskv", "attention", "asvd")
+JointGrams = Mapping[str, FloatArray]  # basis -> float64[H n, H n]; "bias" -> float64[H n]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +64,14 @@ class HeadGraph:
 
 @dataclass(frozen=True, eq=False)
 class GraphBundle:
-    """The graphs of a model, sorted by layer, KV head and kind, and the file's metadata."""
+    """The graphs of a model, sorted by layer, KV head and kind, and the file's metadata.
+
+    ``joint``: of layers and kinds, what joint ranks are fitted to, if it was asked for.
+    """
 
     heads: tuple[HeadGraph, ...]
     metadata: Mapping[str, str]
+    joint: Mapping[tuple[int, Kind], JointGrams] = field(default_factory=dict)
 
     def problems(
         self, ratio: float, *, value_ratio: float | None = None, protect: bool = True, align: int = 1
@@ -150,6 +160,8 @@ def save_bundle(bundle: GraphBundle, path: str | Path) -> None:
             if array is not None:
                 tensors[f"{head.name}.{statistic}"] = np.asarray(array)
                 _check_shape(f"{head.name}.{statistic}", np.shape(array), np.shape(head.weights))
+    for (layer, kind), held in bundle.joint.items():
+        tensors |= {f"layers.{layer}.joint.{kind}.{name}": np.asarray(array) for name, array in held.items()}
     with replacing(path) as temporary:
         write_safetensors(temporary, tensors, {**bundle.metadata, "format": FORMAT, "version": VERSION})
 
@@ -184,9 +196,31 @@ def load_bundle(path: str | Path) -> GraphBundle:
         for head in named:
             _check_head(file, head, found[head], path)
         _check_memory(file, path)
-        bundle = GraphBundle(tuple(_head(file, head, found[head]) for head in named), metadata)
+        heads = tuple(_head(file, head, found[head]) for head in named)
+        bundle = GraphBundle(heads, metadata, _joint(file, {each.layer for each in heads}, path))
     bundle.geometry()
     return bundle
+
+
+def _joint(
+    file: TensorFile, layers: Collection[int], path: str | Path
+) -> dict[tuple[int, Kind], dict[str, FloatArray]]:
+    """What joint ranks are fitted to, of layers that have graphs."""
+    found: dict[tuple[int, Kind], dict[str, FloatArray]] = {}
+    for name in file:
+        matched = re.fullmatch(r"layers\.([0-9]{1,4})\.joint\.(key|value)\.(" + "|".join((*BASES, "bias")) + ")", name)
+        if matched is None or int(matched[1]) not in layers:
+            continue
+        shape, dtype = file.shape(name), file.dtype(name)
+        square = len(shape) == 1 if matched[3] == "bias" else len(shape) == 2 and shape[0] == shape[1]
+        if not square or not 0 < shape[0] <= JOINT_CHANNELS or dtype not in ("F64", "F32"):
+            raise InputError(
+                f"{path}: {name} must be a square matrix (a bias: a vector) of up to {JOINT_CHANNELS} rows, in F32 or "
+                f"F64, not {dtype}{list(shape)}; calibrate again"
+            )
+        kind: Kind = "key" if matched[2] == "key" else "value"
+        found.setdefault((int(matched[1]), kind), {})[matched[3]] = file[name].astype(np.float64, copy=False)
+    return found
 
 
 def _check_metadata(metadata: Mapping[str, Any], where: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from grace_opt.graphs.accumulate import GraphSums
     from grace_opt.graphs.observed import OutputProjection
+    from grace_opt.models.given import Given
+    from grace_opt.models.rotary import Rotary
 
 OBJECTIVES = ("logit", "centered", "attention")
 VALUE_OBJECTIVES = ("norm", "read", "output")
@@ -37,6 +40,7 @@ class Calibration:
         objective: what the graphs of keys measure: ``logit``, ``centered`` or ``attention`` (with ``spans``).
         value_objective: what graphs of values measure, ``norm``, ``read`` or ``output``; None for no such graphs.
         rope_pairs: tie the two key channels of each RoPE pair, for exports (`grace_opt.graphs.rope`).
+        lowrank: also make the Gram matrices that joint ranks are fitted to (`grace_opt.graphs.joint`).
     """
 
     tokens: int = 4096
@@ -49,6 +53,7 @@ class Calibration:
     spans: int | None = 2
     value_objective: str | None = None
     rope_pairs: bool = False
+    lowrank: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("objective", OBJECTIVES), ("value_objective", VALUE_OBJECTIVES)):
@@ -109,6 +114,7 @@ def calibrate(
     from grace_opt.graphs.accumulate import GraphSums
     from grace_opt.models.attention import attending_with, observing, require_attention_interface
     from grace_opt.models.inputs import input_device, require_rows
+    from grace_opt.models.rotary import rotary_of
 
     options = options or Calibration()
     config = text_config(model.config)
@@ -116,11 +122,13 @@ def calibrate(
     window = options.window_for(getattr(config, "max_position_embeddings", None))
     graphs = GraphSums(options.objective, options.value_objective)
     capture = _Capture(graphs, options)
+    if options.lowrank:
+        rotary_of(model).layers()  # before the model is watched, as it runs the model
     done = 0
     for ids in token_windows(pieces, tokenizer, options.tokens, window):
         require_rows(model, ids)
         # Only while it runs: texts and progress are the caller's, who may run the model too.
-        with torch.inference_mode(), attending_with(model, observing(capture)):
+        with torch.inference_mode(), attending_with(model, observing(capture)), capture.looking(model):
             model.base_model(input_ids=torch.tensor([ids], device=input_device(model)), use_cache=False)
         done += len(ids)
         if not graphs.windows:
@@ -164,13 +172,18 @@ def calibrate(
         from grace_opt.graphs.rope import rope_pairs
 
         groups = rope_pairs(model, capture.attention, head_dim)
-    return GraphBundle(graphs.heads(options.protection, groups), {name: str(value) for name, value in metadata.items()})
+    joint = {} if capture.joint is None else capture.joint.found()
+    return GraphBundle(
+        graphs.heads(options.protection, groups), {name: str(value) for name, value in metadata.items()}, joint
+    )
 
 
 class _Capture:
     """What the attention function hands its queries, keys and values to."""
 
     def __init__(self, graphs: GraphSums, options: Calibration) -> None:
+        from grace_opt.graphs.joint import JointSums
+
         self.graphs = graphs
         self.options = options
         self.sliding_layers: set[int] = set()
@@ -179,6 +192,22 @@ class _Capture:
         self.attention: Any = None
         self.scaling = 0.0
         self.outputs: dict[int, OutputProjection] = {}  # each asked once, for all windows
+        self.turns: Rotary | None = None
+        self.given: Given | None = None
+        self.joint = JointSums() if options.lowrank else None
+
+    @contextmanager
+    def looking(self, model: PreTrainedModel) -> Iterator[None]:
+        """While it lasts, what joint ranks ask of the model is seen."""
+        if self.joint is None:
+            yield
+            return
+        from grace_opt.models.given import Given
+        from grace_opt.models.rotary import rotary_of
+
+        self.turns = rotary_of(model)
+        with Given(model) as self.given:
+            yield
 
     def __call__(
         self,
@@ -190,10 +219,13 @@ class _Capture:
         arguments: dict[str, Any],
     ) -> None:
         from grace_opt.graphs.observed import Observed, OutputProjection
+        from grace_opt.models.rotary import Turn
 
         if arguments.get("sliding_window") is not None:
             self.sliding_layers.add(module.layer_idx)
             return
+        output = self.outputs.setdefault(module.layer_idx, OutputProjection(module, query.shape[1], value))
+        hidden = None if self.given is None else self.given.take(module.layer_idx)
         observed = Observed(
             query[0, :, -self.options.observation_window :],
             key[0],
@@ -201,14 +233,18 @@ class _Capture:
             scaling,
             self.options.sinks,
             self.options.recent_window,
-            self.outputs.setdefault(module.layer_idx, OutputProjection(module, query.shape[1], value)),
+            output,
             self.options.spans,
+            None if self.turns is None else Turn(self.turns, module.layer_idx),
+            None if hidden is None else output.inputs(hidden[0]),
         )
         self.geometry = (query.shape[1], key.shape[1], key.shape[-1])
         self.attention = module
         self.value_head_dim = value.shape[-1]
         self.scaling = scaling
         self.graphs.add(module.layer_idx, observed)
+        if self.joint is not None:
+            self.joint.add(module.layer_idx, observed)
 
 
 def _nothing_captured(model: PreTrainedModel, capture: _Capture) -> str:

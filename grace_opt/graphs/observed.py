@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from grace_opt.errors import InputError
+from grace_opt.heads import Kind
+
+if TYPE_CHECKING:
+    from grace_opt.models.rotary import Turn
 
 T = TypeVar("T")
 
@@ -21,11 +25,39 @@ class OutputProjection:
     def __init__(self, attention: Any, heads: int, values: Tensor) -> None:
         self._attention, self._heads, self._like = attention, heads, values.new_empty(0, values.shape[-1])
 
+    def inputs(self, hidden: Tensor) -> InputProjections:
+        """The module's projections of what it was given, [T, D]."""
+        return InputProjections(self._attention, hidden.float().abs().mean(0))
+
     @cached_property
     def grams(self) -> Tensor | None:
         """As of `Observed.output_grams`. O(hidden Hq nv^2), and what `output_projection` takes and raises."""
         matrix = output_projection(self._attention, self._heads, self._like)
         return None if matrix is None else _grams(matrix, self._heads)
+
+
+@dataclass(frozen=True, eq=False)
+class InputProjections:
+    """The projections before an attention module, and the mean magnitude [D] of the channels that it was given."""
+
+    attention: Any
+    magnitudes: Tensor
+
+    def of(self, kind: Kind) -> tuple[Tensor, Tensor | None]:
+        """The weights [H n, D] and the bias [H n] that keys before RoPE, or values, are made by; float64.
+
+        Raises InputError if they are not made so: fused, quantised or adapted projections, and keys that are normalised
+        after it.
+        """
+        layer = getattr(self.attention, f"{kind[0]}_proj", None)
+        normed = [name for name, _ in self.attention.named_children() if "norm" in name and not name.startswith("q_")]
+        if not isinstance(layer, torch.nn.Module) or not _is_plain(layer) or (kind == "key" and normed):
+            raise InputError(
+                f"{kind}s of {type(self.attention).__name__} are not a plain linear layer of its input, which ASVD "
+                "splits; use cskv, which looks at the keys themselves"
+            )
+        bias = None if layer.bias is None else double(layer.bias.detach())
+        return double(layer.weight.detach()), bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +68,8 @@ class Observed:
     belongs to KV head g // (Hq / H). ``output``: the output projection, as its matrix [hidden, Hq nv] or
     as the layer that is one. The first ``sinks`` tokens are whole for every query, and the others while they are fewer
     than ``recent_window`` tokens back.
+    ``inputs``: what the keys and values were made of, if that was looked at.
+    ``turn``: how RoPE turned the keys, the first of which is at position 0; None if nobody asks.
     ``spans``: how many spans the queries are cut into by the `attention` objective; None: a query is a span.
     """
 
@@ -47,6 +81,8 @@ class Observed:
     recent_window: int
     output: Tensor | OutputProjection | None = None
     spans: int | None = None
+    turn: Turn | None = None
+    inputs: InputProjections | None = None
     made: dict[Hashable, Any] = field(default_factory=dict)  #: by `once`
 
     def __post_init__(self) -> None:

@@ -14,16 +14,20 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 import grace_opt.runtime.attention  # noqa: F401  (registers the attention function)
 from grace_opt.compression.apply import online
 from grace_opt.compression.budget import Budget
+from grace_opt.compression.integers import without_integers
 from grace_opt.compression.mask import KVMask
 from grace_opt.compression.mask_file import load_mask
 from grace_opt.compression.method import Method
 from grace_opt.compression.method import method as named
 from grace_opt.compression.pays import pays_from
 from grace_opt.compression.plan import CachePlan, LayerPlan
+from grace_opt.compression.plugins import CODECS
 from grace_opt.errors import InputError
 from grace_opt.heads import KINDS
 from grace_opt.models.attention import NAME, PREFIXES, Ours, require_attention_interface, switch
 from grace_opt.models.config import text_config
+from grace_opt.models.given import Given
+from grace_opt.models.rotary import Turn, rotary_of
 from grace_opt.runtime.kernels.choose import check_name
 from grace_opt.runtime.layer import PrunedLayer
 from grace_opt.runtime.ragged import RaggedLayer
@@ -44,6 +48,7 @@ class PrunedCache(Cache):
     plan: CachePlan
     _model: weakref.ref[Any]
     _release: Callable[[], object]
+    _look: Callable[[], object] | None = None  # ends looking at what projections are given
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
         copied = PrunedCache(layers=copy.deepcopy(self.layers, memo))
@@ -65,6 +70,8 @@ class PrunedCache(Cache):
     def release(self) -> None:
         """The cache goes out of use: the model gets back the attention implementation that it had."""
         self._release()
+        if self._look is not None:
+            self._look()
 
     def get_mask_sizes(self, *arguments: Any, **more: Any) -> tuple[int, int]:
         """As of ``Cache``; the offset tells the mask's maker whose cache this is."""
@@ -201,9 +208,35 @@ def _assembled(
         _check_sliding(layer_plan)
         layers[index] = _layer(layer_plan, max_length, kernel)
         layers[index].offloading = offload
+    rotary = rotary_of(model)
+    if any(_before_rope(layer_plan) for layer_plan in plan):
+        rotary.layers()  # before the model runs, as it runs the model
+    looked_at = [layer_plan.index for layer_plan in plan if _looks_at_inputs(layer_plan)]
+    given = Given(model, looked_at) if looked_at else None
+    for layer_plan in plan:
+        layers[layer_plan.index].turn = Turn(rotary, layer_plan.index)
+        if given is not None:
+            layers[layer_plan.index].given = given
     past = PrunedCache(layers=layers)
     past._use(plan, model)
+    if given is not None:
+        past._look = weakref.finalize(past, given.end)
     return past
+
+
+def _before_rope(plan: LayerPlan) -> bool:
+    """Whether keys are stored before RoPE."""
+    if plan.choice is not None:
+        return CODECS[plan.choice.method.codec].before_rope
+    return any(without_integers(codec).before_rope for codec in plan.codecs.get("key", ()))
+
+
+def _looks_at_inputs(plan: LayerPlan) -> bool:
+    """Whether what is fitted to a prompt asks what the projections were given."""
+    if plan.choice is None:
+        return False
+    method = plan.choice.method
+    return CODECS[method.codec].looks_at_inputs(**method.codec_options)
 
 
 def _check_preallocated(plan: CachePlan, max_length: int) -> None:
@@ -237,10 +270,15 @@ def _layer(plan: LayerPlan, max_length: int | None, kernel: str | None) -> Prune
         return layer
 
     groups: dict[Any, list[int]] = {}
-    for head in range(plan.heads or 0):
-        groups.setdefault(tuple(each[head].signature() for each in plan.codecs.values()), []).append(head)
+    for head in range(max(map(len, plan.codecs.values()), default=0)):
+        of_head = (each[head if len(each) > 1 else 0].signature() for each in plan.codecs.values())
+        groups.setdefault(tuple(of_head), []).append(head)
     if len(groups) < 2:
         return made(plan)
+    if plan.joint:
+        raise InputError(
+            f"layer {plan.index} has rows of all KV heads beside heads of different widths; give the others one width"
+        )
     heads = sorted(groups.values(), key=lambda each: ([codecs[each[0]].width for codecs in plan.codecs.values()], each))
     return RaggedLayer(plan, heads, [made(plan.part(each)) for each in heads])
 

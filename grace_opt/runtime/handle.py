@@ -47,7 +47,7 @@ class Handle(_Unreadable):
         for i in sides or range(len(self.pending)):
             states, side = self.pending[i], self.layer.sides[i]
             if states is not None:
-                residuals = side.put(states, self.layer.length - self.new)
+                residuals = side.put(states, self.layer.length - self.new, self.layer.positions)
                 self._stored[i] = side.window.push(residuals, self.layer.length), residuals
                 self.pending[i] = None
 

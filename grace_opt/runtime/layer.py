@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from grace_opt.compression.apply import for_prompt
 from grace_opt.compression.codec import Codec, Whole
+from grace_opt.compression.integers import without_integers
 from grace_opt.compression.method import CROP
 from grace_opt.compression.pays import Shapes, room_of
 from grace_opt.compression.plan import LayerPlan
@@ -18,13 +19,15 @@ from grace_opt.compression.tiles import arranged
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import OutputProjection
 from grace_opt.heads import KINDS, Kind
+from grace_opt.models.given import Given
+from grace_opt.models.rotary import Table, Turn
 from grace_opt.runtime.buffers import Buffer, Growing, followed, taken
 from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.kernels.choose import usable
 from grace_opt.runtime.kernels.contract import Kernel
 from grace_opt.runtime.packed import Packed
 from grace_opt.runtime.prompt import Rows, Staying, observed, staying
-from grace_opt.runtime.side import Side
+from grace_opt.runtime.side import Coding, Side
 from grace_opt.runtime.slots import Slots, first_seen, refuse_right_padding
 from grace_opt.runtime.windows import Kept, Ring, Window
 
@@ -62,6 +65,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.spare = plan.windows.spare
         self.offloading = False
         self.kernel: str | None = None  #: the only kernel to decode with, if one was asked for
+        self.turn: Turn | None = None  #: how RoPE turns the layer's keys, for codecs that ask
+        self.given: Given | None = None  #: what the attention was given, if a codec asks
         self.stepwise = False  #: whether tokens of one update see each other as if they came one by one
         self.reset()
 
@@ -136,8 +141,12 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._store((held[0], held[1]), [])
         for side in self.sides:
             side.buffer.reserve(self.length)
+            if side.turn is not None:
+                side.turn.reach(self.columns)
         handle = Handle(self, new, None, states)
-        if new > 1 or not self.recent_window or (self.slots is not None and self.slots.reach is not None):
+        if self.key_side.turn is not None:
+            pass  # it waits for where rows begin, which positions are counted from
+        elif new > 1 or not self.recent_window or (self.slots is not None and self.slots.reach is not None):
             handle.store()  # a kernel stores a single token, which stays recent, and moves none
         self._slide(new)
         exact = self.value_side.exact and self.slots is None
@@ -165,6 +174,10 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"layer {self.index}'s cache was given tokens whose attention was never computed (there was an error, "
                 "or this model handles its cache itself); start a new cache"
             )
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """int64[B, m] of slots int64[m] or [B, m]: what RoPE turns keys by, from each row's first real token on."""
+        return (slots - self.first[:, None]).clamp(min=0)
 
     def _grow(self, new: int) -> None:
         self.length += new
@@ -213,7 +226,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         first, rows = self.first_of(mask), []
         self._whole = self._starts_whole()
         if self.plan.watches and not self._whole:
-            rows = observed(self.plan, *self.prompt, query, scaling, first, output)
+            hidden = None if self.given is None else self.given.take(self.index)
+            rows = observed(self.plan, *self.prompt, query, scaling, first, output, self.turn, hidden)
         stay = stay or staying(self.plan, rows, self.prompt[0].shape[2])
         states, self._prompt = self.prompt, None
         if stay is not None:
@@ -260,15 +274,32 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _side(self, kind: Kind, states: Tensor, codec: Codec) -> Side:
         """The side with everything stored but residuals of whole tokens outside of the window."""
-        rows = codec.encode(states)
+        coding = Coding(codec, self._turn(codec) if kind == "key" else None)
+        positions = self.positions(torch.arange(states.shape[2], device=states.device))
+        rows = coding.encode(states, positions)
         buffer = self._buffer(rows, codec)
         buffer.reserve(rows.shape[2])
         buffer.put(rows, 0)
         last = min(states.shape[2], self.recent_window + self.spare)
         tail = slice(states.shape[2] - last, None)
-        window = self._window(codec.residual(states[:, :, tail], rows[:, :, tail]), states.shape[2])
+        residuals = coding.residual(states[:, :, tail], rows[:, :, tail], positions[:, tail])
+        window = self._window(residuals, states.shape[2])
         count = self.sink_count + (0 if self.extra is None else self.extra.shape[1])
-        return Side(codec, buffer, window, states.new_zeros(*states.shape[:2], count, codec.residual_width))
+        return Side(coding, buffer, window, states.new_zeros(*states.shape[:2], count, codec.residual_width))
+
+    def _turn(self, codec: Codec) -> Table | None:
+        """How the keys turn that this codec stores, if it stores them before RoPE."""
+        if not without_integers(codec).before_rope:
+            return None
+        if self.turn is None:
+            raise InputError(f"layer {self.index}'s keys before RoPE are not known to this cache; make it of a model")
+        if self.slots is not None:
+            raise InputError(
+                "keys that are stored before RoPE need each token's own position, and a token policy moves tokens "
+                "together; use a codec of keys after RoPE with it"
+            )
+        self.turn.reach(self.columns)
+        return self.turn.table
 
     def _buffer(self, like: Tensor, codec: Codec) -> Buffer:
         if codec.block:
@@ -290,6 +321,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if before < self._sought:
             self._find_first(mask, self.length)
             self._put_residuals(handle.residuals, before, handle.new)
+        if self.key_side.turn is not None:
+            handle.store()
         if not self.keeps:
             self._pack()
 
@@ -376,8 +409,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return
         slot = columns - before
         for side, each in zip(self.sides, states, strict=True):
-            tokens = taken(each, slot.clamp(0, new - 1))
-            self._put(side, side.codec.residual(tokens, side.codec.encode(tokens)), slot, new)
+            tokens, positions = taken(each, slot.clamp(0, new - 1)), self.positions(columns)
+            self._put(side, side.residual(tokens, side.encode(tokens, positions), positions), slot, new)
 
     def _put_residuals(self, residuals: Any, before: Any, new: int) -> None:
         """The same, where the residuals of all of them are known."""

@@ -12,6 +12,7 @@ from grace_opt.compression.plan import LayerPlan
 from grace_opt.compression.tokens.base import Tier
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import Observed, OutputProjection
+from grace_opt.models.rotary import Turn
 
 Rows = list[tuple[Observed, bool]]
 
@@ -24,12 +25,15 @@ def observed(
     scaling: float,
     first: Tensor,
     output: OutputProjection | None,
+    turn: Turn | None = None,
+    hidden: Tensor | None = None,
 ) -> Rows:
     """For each row: what its last queries saw, and whether it has old tokens.
 
     keys and values [B, H, T, n]; query [B, Hq, m, n], the last of the prompt, at least ``plan.queries`` of them or all;
-    first int64[B], where each row begins; ``output``: the projection after the attention. A row without old
-    tokens is looked at as if all of its tokens were old; one of padding alone counts its last token.
+    first int64[B], where each row begins; ``output``: the projection after the attention; ``turn``: how RoPE turned the
+    keys; ``hidden`` [B, T, D]: what the attention was given, if anybody asks. A row without old tokens is looked at as
+    if all of its tokens were old; one of padding alone counts its last token.
     """
     tokens, rows = keys.shape[2], []
     for row, begins in enumerate(first.tolist()):
@@ -45,6 +49,8 @@ def observed(
             plan.windows.recent_window if old else 0,
             output,
             plan.spans,
+            turn,
+            None if hidden is None or output is None else output.inputs(hidden[row, start:]),
         )
         rows.append((seen, old))
     return rows

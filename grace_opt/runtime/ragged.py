@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from grace_opt.compression.plan import LayerPlan
 from grace_opt.graphs.observed import OutputProjection
+from grace_opt.models.rotary import Turn
 from grace_opt.runtime.handle import RaggedHandle
 from grace_opt.runtime.layer import PrunedLayer, shapes_of
 from grace_opt.runtime.prompt import Index, Staying, index_of, observed, queries_of, staying
@@ -121,6 +122,16 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def unbroken(self) -> int | None:
         """As of `PrunedLayer`."""
         return min((each for each in (part.unbroken() for part in self.parts) if each is not None), default=None)
+
+    @property
+    def turn(self) -> Turn | None:
+        """As of `PrunedLayer`."""
+        return self.parts[0].turn
+
+    @turn.setter
+    def turn(self, value: Turn | None) -> None:
+        for part in self.parts:
+            part.turn = value
 
     @property
     def stepwise(self) -> bool:

@@ -100,6 +100,8 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
         if self._firsts_missing:
             self._find_first(mask, self.max_length)
             self._put_residuals(handle.residuals, self.length - handle.new, handle.new)
+        if self.key_side.turn is not None:
+            handle.store()
         if not self.keeps:
             self._pack()
 
@@ -113,7 +115,7 @@ class StaticPrunedLayer(PrunedLayer):  # type: ignore[no-untyped-call]
 
     def _note_firsts(self) -> None:
         """Known on the host: where first tokens and sinks have all come with the prompt, no step looks for them."""
-        needed = max(self.sink_count, int(any(side.codec.block for side in self.sides)))
+        needed = max(self.sink_count, int(any(side.codec.block or side.turn is not None for side in self.sides)))
         self._firsts_missing = needed > 0 and int(self.first.max()) + needed > self.prompt_length
 
     def _find_first(self, mask: Tensor | None, length: int) -> None:

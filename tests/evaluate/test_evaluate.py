@@ -80,6 +80,8 @@ def test_what_is_measured_is_what_runs(family: str, generated: str) -> None:
     for name, budget, options in CASES:
         if generated == "prune" and {"tokens", "key_bits"} <= options.keys():
             continue  # packed blocks drop no tokens
+        if name == "asvd" and family == "Gemma3Text":
+            continue  # its keys are normalised after their projection, which has no factors then
         plan = planned(captured, name, budget, generated=generated, **options)
         real = by_hand(model, plan)
         for chunk in (256, 7):

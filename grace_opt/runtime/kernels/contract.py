@@ -61,6 +61,13 @@ class Kernel(Protocol):
         """Outputs [B, Hq, n, Dv]."""
 
 
+def by_head(layer: PrunedLayer) -> bool | str:
+    """Whether each KV head has rows of its own, which meet its queries as they lie: True, or the reason why not."""
+    if any(side.turn is not None or side.codec.heads > 1 for side in layer.sides):
+        return "it reads rows of one KV head, of keys after RoPE"
+    return True
+
+
 def one_token(request: Request) -> bool | str:
     """Whether it is what a decoding kernel takes: True, or the reason why not."""
     if request.new > 1 or request.dropout or request.changed is not None:

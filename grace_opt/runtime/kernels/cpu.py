@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grace_opt.compression.integers import Integers
-from grace_opt.runtime.kernels.contract import Request, one_token
+from grace_opt.runtime.kernels.contract import Request, by_head, one_token
 from grace_opt.runtime.kernels.cpu_program import FORMATS
 from grace_opt.runtime.kernels.cpu_task import LayerTask, all_segments, new_token
 
@@ -54,6 +54,8 @@ class CpuKernel:
     def reads(self, layer: PrunedLayer) -> bool | str:
         """True on a CPU with AVX2 and FMA, for what the kernel can decode."""
         bits = [side.bits for side in layer.sides]
+        if (answer := by_head(layer)) is not True:
+            return answer
         if layer.first.device.type != "cpu" or layer.offloading:
             return "it reads what lies in the memory of a CPU"
         if layer.dtype not in FORMATS:

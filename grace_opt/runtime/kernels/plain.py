@@ -36,8 +36,8 @@ class Plain:
         batch, heads, new, _ = query.shape
         kv_heads = handle.spans[0].shape[1]
         # All queries of a KV head side by side, so that the cache is read once for the whole group.
-        asked, outside = keys.codec.asked(query.reshape(batch, kv_heads, -1, query.shape[-1]) * request.scaling)
-        scores = keys.scores(asked).view(batch, kv_heads, -1, new, layer.columns)  # [B, H, G, n, T]
+        asked, outside = keys.asked(query.reshape(batch, kv_heads, -1, query.shape[-1]) * request.scaling)
+        scores = keys.scores(asked, layer.positions).view(batch, kv_heads, -1, new, layer.columns)  # [B, H, G, n, T]
         whole = _whole(handle, request.low, new)
         if outside.shape[-1]:
             whole.add(scores, outside, handle.spans[0], keys)

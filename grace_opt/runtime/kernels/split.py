@@ -12,7 +12,7 @@ from grace_opt.compression.codec import Codec, Whole
 from grace_opt.compression.integers import without_integers
 from grace_opt.compression.tiles import BITS, Tiles
 from grace_opt.runtime.kernels import triton
-from grace_opt.runtime.kernels.contract import Request, one_token
+from grace_opt.runtime.kernels.contract import Request, by_head, one_token
 from grace_opt.runtime.packed import Packed
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class TritonKernel:
 
     def reads(self, layer: PrunedLayer) -> bool | str:
         """True on an NVIDIA card of compute capability 8.0 or higher, for what the kernels can decode."""
+        if (answer := by_head(layer)) is not True:
+            return answer
         if any(side.codec.block and not isinstance(side.codec, Tiles) for side in layer.sides):
             return f"it unpacks integers of {' or '.join(map(str, BITS))} bits only"
         bits = [side.bits for side in layer.sides]
