@@ -16,7 +16,7 @@ from tests.cli.test_cli import inside, sentence
 from tests.support.exports import WORDS, tiny_bpe
 
 LIMIT = ("--kl-limit", "inf")  #: what a random model loses says nothing
-SHARES = {"gguf": 0.9, "hf": 0.9}  #: of those that keep all keys; the others take a half
+SHARES = {"gguf": 0.9, "hf": 0.9, "mlx": 0.9}  #: of those that keep all keys; the others take a half
 
 
 @pytest.fixture(scope="module")
