@@ -170,6 +170,7 @@ TARGETS: Table[type[Target]] = Table(
         "kv-store": "grace_opt.export.kv_store:KVStoreTarget",
         "kvpress": "grace_opt.export.kvpress:KVPress",
         "mlx": "grace_opt.export.mlx:MLX",
+        "onnx": "grace_opt.export.onnx:ONNX",
         "vllm": "grace_opt.export.vllm:VLLM",
     },
 )
