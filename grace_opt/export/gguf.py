@@ -8,20 +8,15 @@ the first has one of the whole context.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grace_opt.errors import InputError
 from grace_opt.export.card import card
-from grace_opt.export.hf import FOLDS, HF, as_replaced, folded
+from grace_opt.export.hf import Unbiased, as_replaced
 from grace_opt.export.process import answered, installed
 from grace_opt.export.target import Checked, Record, Source
 from grace_opt.files import write_text
-from grace_opt.models.config import text_config
-
-if TYPE_CHECKING:
-    from grace_opt.compression.mask import KVMask
 
 FILE = "model.gguf"
 ARCHITECTURE = "mimo2"
@@ -37,31 +32,17 @@ print(Server(params).handle_completions({"prompt": "Once upon a time", "max_toke
 """
 
 
-class GGUF(HF):
+class GGUF(Unbiased):
     """A stock model with narrower values, in llama.cpp."""
 
     name = "gguf"
     expresses = "as hf, for Llama and Mistral without biases or scaled RoPE: values alone, no read-outs; in llama.cpp"
     runtime = "xllamacpp"
     tested = ("2026.10.11549",)
-    can = replace(FOLDS, models=("llama", "mistral"), readouts=("none",))
-
-    def supports(self, mask: KVMask, config: Any) -> bool | str:
-        text = text_config(config)
-        rope, act = getattr(text, "rope_parameters", None) or {}, getattr(text, "hidden_act", "silu")
-        if getattr(text, "attention_bias", False) or rope.get("rope_type", "default") != "default" or act != "silu":
-            return "has no biases, no scaled RoPE and silu alone for this fold; use the target hf"
-        return super().supports(mask, config)
+    program = "llama.cpp"
 
     def write(self, source: Source, folder: Path, measured: Record) -> None:
-        model = folded(source)
-        biases = [name for name in model.state_dict() if name.endswith(".bias")]
-        if biases:  # llama.cpp would read past them without a word
-            raise InputError(
-                f"llama.cpp has no place for {biases[0]}, which the model or the read-out of this mask needs; solve "
-                "with --readout none, or use the target hf"
-            )
-        _write(model, source, folder / FILE)
+        _write(self.folded(source), source, folder / FILE)
         what = (
             f"{source.name} with values of fewer channels, folded into its projections, for llama.cpp: `{FILE}`. It "
             "calls itself MiMo-V2-Flash, which has a width of values of its own there. No token stays whole."
@@ -73,7 +54,7 @@ class GGUF(HF):
         runtime = installed("xllamacpp")
         exact = source.model.dtype.itemsize == 4
         asked = {"file": str((folder / FILE).resolve()), "prompt": ids, "new_tokens": new_tokens, "exact": exact}
-        told = answered("grace_opt.export.gguf_decode", asked, "llama.cpp")
+        told = answered("grace_opt.export.gguf_decode", asked, self.program)
         return as_replaced(source, ids, runtime, told["tokens"], told["log_probabilities"])
 
 

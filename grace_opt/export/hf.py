@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from grace_opt.errors import InputError
 from grace_opt.export.abilities import Abilities
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from grace_opt.compression.codec import Codec
+    from grace_opt.compression.mask import KVMask
     from grace_opt.evaluate.capture import Captured
 
 FOLDS = Abilities(
@@ -110,6 +112,35 @@ class HF(Target):
         tokens = run.sequences[0, len(ids) :].tolist()
         name = f"transformers {distribution_version('transformers')}"
         return as_replaced(source, ids, name, tokens, torch.cat(run.logits).float().log_softmax(-1))
+
+
+class Unbiased(HF):
+    """The same for runtimes whose own MiMo-V2-Flash has no biases, one unscaled RoPE and silu.
+
+    Attributes:
+        program: that runs it, in sentences.
+    """
+
+    program: ClassVar[str]
+    can = replace(FOLDS, models=("llama", "mistral"), readouts=("none",))
+
+    def supports(self, mask: KVMask, config: Any) -> bool | str:
+        text = text_config(config)
+        rope, act = getattr(text, "rope_parameters", None) or {}, getattr(text, "hidden_act", "silu")
+        if getattr(text, "attention_bias", False) or rope.get("rope_type", "default") != "default" or act != "silu":
+            return "has no biases, no scaled RoPE and silu alone for this fold; use the target hf"
+        return super().supports(mask, config)
+
+    def folded(self, source: Source) -> Any:
+        """The folded model. Raises InputError if it needs a bias: the runtime would read past it without a word."""
+        model = folded(source)
+        for name in model.state_dict():
+            if name.endswith(".bias"):
+                raise InputError(
+                    f"{self.program} has no place for {name}, which the model or the read-out of this mask needs; "
+                    "solve with --readout none, or use the target hf"
+                )
+        return model
 
 
 def as_replaced(

@@ -169,6 +169,8 @@ TARGETS: Table[type[Target]] = Table(
         "hf-generate": "grace_opt.export.hf_generate:HFGenerate",
         "kv-store": "grace_opt.export.kv_store:KVStoreTarget",
         "kvpress": "grace_opt.export.kvpress:KVPress",
+        "mlx": "grace_opt.export.mlx:MLX",
+        "onnx": "grace_opt.export.onnx:ONNX",
         "vllm": "grace_opt.export.vllm:VLLM",
     },
 )

@@ -2,5 +2,11 @@
 
 from importlib.util import find_spec
 
-RUNTIMES = {"vllm": "in_vllm", "kvpress": "in_kvpress", "xllamacpp": "in_llama_cpp"}
+RUNTIMES = {
+    "vllm": "in_vllm",
+    "kvpress": "in_kvpress",
+    "xllamacpp": "in_llama_cpp",
+    "mlx_lm": "in_mlx",
+    "onnxruntime_genai": "in_onnx",
+}
 collect_ignore = [folder for module, folder in RUNTIMES.items() if not find_spec(module)]

@@ -16,7 +16,7 @@ from tests.cli.test_cli import inside, sentence
 from tests.support.exports import WORDS, tiny_bpe
 
 LIMIT = ("--kl-limit", "inf")  #: what a random model loses says nothing
-SHARES = {"gguf": 0.9, "hf": 0.9}  #: of those that keep all keys; the others take a half
+SHARES = {"gguf": 0.9, "hf": 0.9, "mlx": 0.9, "onnx": 0.9}  #: of those that keep all keys; the others take a half
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,8 @@ def solved(work: Path, output: Path, *more: Any) -> Any:
 
 @pytest.mark.parametrize("name", sorted(TARGETS._known))
 def test_what_is_solved_for_a_target_is_exported_without_more_options(work: Path, name: str, tmp_path: Path) -> None:
+    if name == "onnx":
+        pytest.importorskip("onnx", reason="pip install grace-opt[onnx]")
     share = SHARES.get(name, 0.5)
     done = solved(work, tmp_path / "m", "--target", name, "--budget-share", share)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grace_opt import KVMask
@@ -47,6 +47,7 @@ def tiny_bpe(family: str = "Llama", pre: str = "smollm", *, ascii: bool = False,
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of])
     tokenizer.pre_tokenizer = digits if pre == "smollm" else bytes_of
+    tokenizer.decoder = decoders.ByteLevel()
     model = tiny_model(family, **{"vocab_size": len(vocabulary) + 3, **overrides})
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
