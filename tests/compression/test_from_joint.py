@@ -93,7 +93,7 @@ def test_a_share_counts_what_is_held() -> None:
     mask = joint_mask(bundle_of(model), method("cskv"), budget)
     shapes = {"key": (2, 16), "value": (2, 16)}
     held = sum(held_bytes(layer, shapes, 2000, 2) for layer in mask.plan)  # type: ignore[arg-type]
-    assert 0.45 < held / (2 * 2000 * 64 * 2) <= 0.5
+    assert 0.25 < held / (2 * 2000 * 64 * 2) <= 0.5  # in 16 bits a step is 8 of 32 numbers
     past = grace_opt.runtime.cache(mask, model)
     with torch.no_grad():
         model(input_ids=torch.arange(3, 63)[None], past_key_values=past)
