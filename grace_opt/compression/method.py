@@ -150,6 +150,10 @@ def _think(**selection: Any) -> dict[str, Any]:
     return {"selection": chosen, "readout": ReadoutRecipe("none")}
 
 
+def _evicting(tokens: str) -> Method:
+    return Method(codec="whole", tokens=tokens, readout=ReadoutRecipe("none"))
+
+
 _UNIFORM: dict[str, Any] = {"sharing": Sharing("uniform"), "readout": ReadoutRecipe("none")}
 METHODS: dict[str, Method] = {
     # ThinK (arXiv 2407.21018; its values: appendix D), with sinks, so that all methods keep the same tokens whole.
@@ -159,7 +163,13 @@ METHODS: dict[str, Method] = {
         sharing=Sharing("uniform", rounding="ceil"), **_think(offline_solver="greedy", protection=Protection())
     ),
     "grace-opt": Method(),
-    "streaming": Method(codec="whole", tokens="streaming", readout=ReadoutRecipe("none")),
+    # Which tokens stay, each with its paper in grace_opt.compression.tokens; all of a token or nothing.
+    **{
+        name: _evicting(name)
+        for name in ("streaming", "snapkv", "pyramidkv", "adakv", "tova", "knorm", "keydiff", "expected-attention")
+    },
+    # H2O sums attention over all queries of the prompt; of longer ones, here over the last 1024.
+    "h2o": replace(_evicting("h2o"), selection=Selection(observation_window=1024)),
     "svd": Method(codec="lowrank", codec_options={"basis": "svd"}, **_UNIFORM),
     "kq-svd": Method(codec="lowrank", codec_options={"basis": "kq-svd"}, **_UNIFORM),
 }
@@ -171,21 +181,33 @@ _ALL_CHANNELS = Method(codec="whole", readout=ReadoutRecipe("none"))
 def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
     """The named method with some fields, of it or of its parts, set; strings are parsed as the command line's.
 
-    A name may be composed: ``grace-opt+int4`` is grace-opt with both kinds' rows as integers of 4 bits, and ``int4``
-    these alone. Raises InputError for an unknown name or field (with the nearest), or a wrong value.
+    A name may be composed, in any order, of one that chooses tokens, one that chooses channels or a basis, and
+    integers: ``snapkv+grace-opt+int4`` keeps SnapKV's tokens as grace-opt's channels, of 4 bits each. Raises InputError
+    for an unknown name or field (with the nearest), two parts of one kind, or a wrong value.
     """
-    base, plus, last = name.rpartition("+")
-    bits = _INTEGERS.get(last)
-    options = (_named(base if bits else name) if plus or not bits else _ALL_CHANNELS).options()
-    if bits:
+    parts = {_kind_of(part): part for part in name.split("+")}
+    if len(parts) < name.count("+") + 1:
+        raise InputError(
+            f"method {name!r} has two parts of one kind; compose at most one that chooses tokens, one that chooses "
+            "channels or a basis, and integers"
+        )
+    base = parts.get("codec", parts.get("tokens"))
+    options = (_ALL_CHANNELS if base is None else METHODS[base]).options()
+    if "tokens" in parts:
+        chosen = METHODS[parts["tokens"]]
+        options |= {"tokens": chosen.tokens, "token_options": chosen.token_options}
+    if "integers" in parts:
+        bits = _INTEGERS[parts["integers"]]
         options |= {"key_bits": bits, "value_bits": bits}
     return from_options({**options, **(overrides or {})}, name)
 
 
-def _named(name: str) -> Method:
+def _kind_of(name: str) -> Literal["tokens", "codec", "integers"]:
+    if name in _INTEGERS:
+        return "integers"
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}{did_you_mean(name, [*METHODS, *_INTEGERS])}")
-    return METHODS[name]
+    return "codec" if METHODS[name].tokens is None else "tokens"
 
 
 def require_effect(method: Method, given: Collection[str], budgets: Sequence[Budget]) -> None:

@@ -95,8 +95,10 @@ def _old(plan: LayerPlan, tokens: int) -> int:
 
 def _of_codecs(plan: LayerPlan, codecs: Mapping[Kind, Sequence[Codec]], tokens: int, itemsize: int) -> float:
     of_heads = sum(_held(plan, kind, codec, tokens, itemsize) for kind, each in codecs.items() for codec in each)
-    parts = {tuple(codec.signature() for codec in head) for head in zip(*codecs.values(), strict=True)}
-    return of_heads + 8 * len(parts) + _positions(plan, tokens)
+    heads = [tuple(codec.signature() for codec in head) for head in zip(*codecs.values(), strict=True)]
+    apart = plan.tokens is not None and plan.tokens.policy.per_head
+    parts = len(heads) if apart else len(set(heads))
+    return of_heads + 8 * parts + _positions(plan, tokens) * (parts if apart else 1)
 
 
 def _positions(plan: LayerPlan, tokens: int) -> int:

@@ -27,6 +27,20 @@ class OutputProjection:
         matrix = output_projection(self._attention, self._heads, self._like)
         return None if matrix is None else _grams(matrix, self._heads)
 
+    def part(self, queries: Tensor) -> OutputProjection:
+        """Of some of the query heads, int64."""
+        return _Part(self, queries)
+
+
+class _Part(OutputProjection):
+    def __init__(self, whole: OutputProjection, queries: Tensor) -> None:
+        self._whole, self._queries = whole, queries
+
+    @cached_property
+    def grams(self) -> Tensor | None:
+        grams = self._whole.grams
+        return None if grams is None else grams[self._queries.to(grams.device)]
+
 
 @dataclass(frozen=True, eq=False)
 class Observed:
@@ -37,6 +51,7 @@ class Observed:
     as the layer that is one. The first ``sinks`` tokens are whole for every query, and the others while they are fewer
     than ``recent_window`` tokens back.
     ``spans``: how many spans the queries are cut into by the `attention` objective; None: a query is a span.
+    ``stored``: int64, the prunable tokens that a token policy leaves to be compressed; None: all.
     """
 
     queries: Tensor
@@ -47,6 +62,7 @@ class Observed:
     recent_window: int
     output: Tensor | OutputProjection | None = None
     spans: int | None = None
+    stored: Tensor | None = None
     made: dict[Hashable, Any] = field(default_factory=dict)  #: by `once`
 
     def __post_init__(self) -> None:
@@ -66,6 +82,22 @@ class Observed:
         """The tokens of which the cache keeps some channels only, once the window has been read."""
         return slice(self.sinks, self.keys.shape[1] - self.recent_window)
 
+    @property
+    def counted(self) -> slice | Tensor:
+        """Those of them that graphs, bases and read-outs count."""
+        return self.prunable if self.stored is None else self.stored
+
+    def part(self, heads: Tensor) -> Observed:
+        """What some of the KV heads saw."""
+        queries = queries_of(heads, len(self.queries) // len(self.keys))
+        output = self.output
+        if isinstance(output, Tensor):
+            output = output.view(len(output), len(self.queries), -1)[:, queries].flatten(1)
+        elif output is not None:
+            output = output.part(queries)
+        keys, values = self.keys[heads], self.values[heads]
+        return replace(self, queries=self.queries[queries], keys=keys, values=values, output=output, made={})
+
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
         """What is made of it, such as a graph, made at the first call."""
         if what not in self.made:
@@ -83,7 +115,7 @@ class Observed:
     @cached_property
     def all_tokens(self) -> Observed:
         """The same, as if no token stayed whole."""
-        return replace(self, sinks=0, recent_window=0, made={})
+        return replace(self, sinks=0, recent_window=0, stored=None, made={})
 
     @cached_property
     def grouped(self) -> Tensor:
@@ -92,7 +124,7 @@ class Observed:
 
     @cached_property
     def attention(self) -> Tensor:
-        """Softmax weights [H, G w, prunable] of the pairs that meet pruned: 0 where the token is whole for the query.
+        """Softmax weights [H, G w, counted] of the pairs that meet pruned: 0 where the token is whole for the query.
 
         Float32. They are those of the whole attention: the rows sum to less than 1, by what whole tokens receive.
         """
@@ -108,14 +140,19 @@ class Observed:
             by_query.masked_fill_(age < 0, -torch.inf)
             torch.softmax(weights, -1, out=weights)
             by_query.masked_fill_(age < self.recent_window, 0)
-        return weights[..., self.prunable]
+        return weights[..., self.counted]
 
     @cached_property
     def token_weights(self) -> Tensor:
-        """Attention that each prunable token receives, [H, prunable], summing to 1; equal where none receives any."""
+        """Attention that each counted token receives, [H, counted], summing to 1; equal where none receives any."""
         received = self.attention.sum(1)
         total = received.sum(-1, keepdim=True)
         return torch.where(total > 0, received / total, torch.full_like(received, 1 / received.shape[-1]))
+
+
+def queries_of(heads: Tensor, group: int) -> Tensor:
+    """int64: the query heads of some KV heads."""
+    return (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
 
 
 def double(tensor: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from grace_opt.errors import InputError
-from grace_opt.graphs.observed import OutputProjection
+from grace_opt.graphs.observed import OutputProjection, queries_of
 from grace_opt.models.attention import NAME, ordinary, refuse_unsupported, register
 from grace_opt.runtime.attend import attend
 from grace_opt.runtime.handle import Handle, RaggedHandle, TogetherHandle
 from grace_opt.runtime.kernels.contract import Request
-from grace_opt.runtime.prompt import queries_of
 
 
 def attention(

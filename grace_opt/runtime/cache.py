@@ -236,6 +236,8 @@ def _layer(plan: LayerPlan, max_length: int | None, kernel: str | None) -> Prune
         layer.kernel = kernel
         return layer
 
+    if plan.tokens is not None and plan.tokens.policy.per_head:
+        return RaggedLayer(plan, [[]], [made(plan)])
     groups: dict[Any, list[int]] = {}
     for head in range(plan.heads or 0):
         groups.setdefault(tuple(each[head].signature() for each in plan.codecs.values()), []).append(head)

@@ -23,7 +23,7 @@ from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.kernels.choose import usable
 from grace_opt.runtime.kernels.contract import Kernel
 from grace_opt.runtime.packed import Packed
-from grace_opt.runtime.prompt import Rows, Staying, observed, staying
+from grace_opt.runtime.prompt import Rows, Staying, narrowed, observed, staying
 from grace_opt.runtime.side import Side
 from grace_opt.runtime.slots import Slots, first_seen, refuse_right_padding
 from grace_opt.runtime.windows import Kept, Ring, Window
@@ -214,10 +214,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._whole = self._starts_whole()
         if self.plan.watches and not self._whole:
             rows = observed(self.plan, *self.prompt, query, scaling, first, output)
-        stay = stay or staying(self.plan, rows, self.prompt[0].shape[2])
+        if stay is None and (said := staying(self.plan, rows, self.prompt[0].shape[2])) is not None:
+            (stay,) = said
         states, self._prompt = self.prompt, None
         if stay is not None:
-            states = self._drop(states, stay)
+            states, rows = self._drop(states, stay), narrowed(rows, stay)
         self.prompt_length = states[0].shape[2]
         self._store(states, rows)
 

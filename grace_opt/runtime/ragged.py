@@ -1,7 +1,8 @@
-"""A cache layer whose KV heads have codecs of different signatures (widths, say): one `PrunedLayer` for those alike."""
+"""A cache layer whose KV heads differ in the codecs' signatures, or hold tokens of their own: `PrunedLayer`s."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,16 +11,19 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from grace_opt.compression.plan import LayerPlan
-from grace_opt.graphs.observed import OutputProjection
+from grace_opt.graphs.observed import OutputProjection, queries_of
 from grace_opt.runtime.handle import RaggedHandle
 from grace_opt.runtime.layer import PrunedLayer, shapes_of
-from grace_opt.runtime.prompt import Staying, observed, queries_of, staying
+from grace_opt.runtime.prompt import Staying, observed, staying
 
 
 class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Heads of one signature (of keys, and of values) side by side, as a pruned layer; nothing is padded.
 
-    ``plan``: of the whole layer; ``heads``: the KV heads of each part; ``parts``: their layers.
+    Under a token policy ``per_head`` each head is a part, with as many tokens as it keeps.
+
+    ``plan``: of the whole layer; ``heads``: the KV heads of each part; ``parts``: their layers. One part of no heads
+    becomes a part for each when the first tokens come, and says how many there are.
     """
 
     is_sliding = False
@@ -60,9 +64,20 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """As of `PrunedLayer`."""
         self.plan.check(key_states, value_states)
         self.shapes = shapes_of(key_states, value_states)
+        if not len(self.heads[0]):
+            self._split(key_states.shape[1])
         self.heads = [heads.to(key_states.device) for heads in self.heads]
         for heads, part in zip(self.heads, self.parts, strict=True):
             part.lazy_initialization(key_states[:, heads], value_states[:, heads])
+
+    def _split(self, heads: int) -> None:
+        (one,) = self.parts
+        self.heads, self.parts = [torch.tensor([head]) for head in range(heads)], []
+        for head in range(heads):
+            part = copy.copy(one)
+            part.plan = self.plan.part([head])
+            part.reset()
+            self.parts.append(part)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Store new tokens [B, Hkv, n, D]; returns a handle that only `attention` can read, for keys and values."""
@@ -82,12 +97,17 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.parts[0].waits:
             return
         group = query.shape[1] // sum(map(len, self.heads))
-        stay = self._staying(query, scaling, mask) if self.plan.tokens is not None else None
-        for heads, part in zip(self.heads, self.parts, strict=True):
-            part.begin(query[:, queries_of(heads, group)], scaling, mask, output, stay)
+        stays: Sequence[Staying | None] = self._staying(query, scaling, mask) or [None]
+        if len(stays) < len(self.parts):
+            stays = [*stays] * len(self.parts)
+        for heads, part, stay in zip(self.heads, self.parts, stays, strict=True):
+            asked = queries_of(heads, group)
+            part.begin(query[:, asked], scaling, mask, output and output.part(asked), stay)
 
-    def _staying(self, query: Tensor, scaling: float, mask: Tensor | None) -> Staying | None:
-        """What the policy says of the whole layer."""
+    def _staying(self, query: Tensor, scaling: float, mask: Tensor | None) -> list[Staying] | None:
+        """What the policy says of the whole layer, or of each head."""
+        if self.plan.tokens is None:
+            return None
         prompts = [part.prompt for part in self.parts]
         order = torch.cat(self.heads).argsort()
         keys, values = (torch.cat(each, dim=1)[:, order] for each in zip(*prompts, strict=True))
@@ -136,7 +156,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def removable(self, tokens_to_remove: int) -> int:
         """As of `PrunedLayer`."""
-        return self.parts[0].removable(tokens_to_remove)
+        return max(part.removable(tokens_to_remove) for part in self.parts)
 
     def _each(self, call: Callable[[PrunedLayer], None]) -> None:
         for part in self.parts:
