@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_opt.compression.budget import Allotment, Budget, within_share
+from grace_opt.compression.budget import Allotment, Budget, ShareError, within_share
 from grace_opt.compression.channels import Channels
 from grace_opt.compression.codec import Codec, stacked
 from grace_opt.compression.integers import as_integers
@@ -25,6 +25,7 @@ from grace_opt.compression.plan import CachePlan, Choice, LayerPlan
 from grace_opt.compression.plugins import CODECS
 from grace_opt.compression.readout import ReadoutRecipe, fit_many, weighted_moments
 from grace_opt.compression.tokens.base import Tier, TokenRule, compressed, policy_named
+from grace_opt.compression.tokens.scores import mass_lost
 from grace_opt.errors import InputError
 from grace_opt.graphs.objectives import KEY_OBJECTIVES, VALUE_OBJECTIVES
 from grace_opt.graphs.observed import Observed, double
@@ -35,6 +36,7 @@ from grace_opt.problem import FloatArray, IntArray, SubsetProblem, prune_count
 from grace_opt.solution import Solution, Status
 from grace_opt.solve import solve_many
 
+_STEPS = 12  # token shares that are tried, down to 0.022
 Layers = Mapping[int, Observed]
 Parts = Mapping[int, Sequence[Observed]]  # of each layer, what its heads saw: of all in one, or of each
 
@@ -46,20 +48,64 @@ def apply(method: Method, layers: Layers, budget: Budget) -> CachePlan:
     left to the cache, which fits them to the tokens that it stores. Raises InputError for a budget that the floors, or
     the protected channels, do not allow.
     """
+    method.require_split(budget)
+    if method.splits:
+        method = split(method, layers, budget)
     parts = _stored(method, layers)
     allotment = _allotment(method, layers, parts, budget)
     if budget.share is not None:
-        itemsize = next(iter(layers.values())).keys.element_size()
-        full = sum(states.nbytes for seen in layers.values() for states in (seen.keys, seen.values))
-
-        def held(tried: Budget) -> float:
-            plan = _applied(method, layers, parts, tried, allotment, None)
-            return sum(
-                held_bytes(plan.layers[i], _shapes(each), each.keys.shape[1], itemsize) for i, each in layers.items()
-            )
-
-        budget = within_share(budget, held, _whole(method, layers), full)
+        budget = _within(method, layers, parts, budget, allotment)
     return _applied(method, layers, parts, budget, allotment, method.selection.solver)
+
+
+def split(method: Method, layers: Layers, budget: Budget) -> Method:
+    """The method with the token share at which a share of the bytes is split between tokens and channels.
+
+    Shares are tried from 1 down, each 2^-1/2 of the one before, while the estimated error falls: what dropped channels
+    cost (`Allotment.error`), and ``token_weight`` times the attention on dropped tokens. Raises ShareError if
+    no token share holds so little. O(shares tried) times a plan without its solver.
+    """
+    best: tuple[float, Method] | None = None
+    refused: ShareError | None = None
+    for step in range(_STEPS):
+        tried = replace(method, token_share=2 ** (-step / 2))
+        try:
+            error = _error(tried, layers, budget)
+        except ShareError as each:
+            refused = each
+            continue
+        if best is not None and error >= best[0]:
+            break
+        best = error, tried
+    if best is None:
+        assert refused is not None
+        raise refused
+    return best[1]
+
+
+def _error(method: Method, layers: Layers, budget: Budget) -> float:
+    parts = _stored(method, layers)
+    allotment = _allotment(method, layers, parts, budget)
+    assert allotment is not None
+    assert method.token_share is not None
+    channels = allotment.error(_within(method, layers, parts, budget, allotment))
+    rules = _token_rules(method, list(layers), method.token_share)
+    lost = torch.cat([mass_lost(rule, layers[i]) for i, rule in rules.items() if rule is not None])
+    return channels + method.sharing.token_weight * float(lost.mean())
+
+
+def _within(method: Method, layers: Layers, parts: Parts, budget: Budget, allotment: Allotment | None) -> Budget:
+    """In bytes, what a share of them allows."""
+    itemsize = next(iter(layers.values())).keys.element_size()
+    full = sum(states.nbytes for seen in layers.values() for states in (seen.keys, seen.values))
+
+    def held(tried: Budget) -> float:
+        plan = _applied(method, layers, parts, tried, allotment, None)
+        return sum(
+            held_bytes(plan.layers[i], _shapes(each), each.keys.shape[1], itemsize) for i, each in layers.items()
+        )
+
+    return within_share(budget, held, _whole(method, layers), full)
 
 
 def _applied(
@@ -115,6 +161,7 @@ def online(method: Method, layers: Sequence[int], budget: Budget) -> CachePlan:
             "a cache that chooses its channels from each prompt selects them by the greedy or the independent solver, "
             f"not by {method.selection.solver}; make a mask with grace-opt solve instead"
         )
+    method.require_split(budget)
     rules = _token_rules(method, layers, _share(method, budget))
     choice = Choice(method, budget)
     return CachePlan({i: replace(_layer_plan(method, i, {}, rules[i]), choice=choice) for i in layers})

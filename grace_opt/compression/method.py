@@ -83,7 +83,8 @@ class Method:
     Attributes:
         codec: how old tokens are stored (`grace_opt.compression.codec.CODECS`), with its own ``codec_options``.
         tokens: the token policy (`grace_opt.compression.tokens`), with ``token_options``; None: all tokens stay.
-        token_share: of the old tokens, how many may stay; None: as many as the budget leaves bytes for, whole.
+        token_share: of the old tokens, how many may stay; None: as many as the budget leaves bytes for, and with a
+            codec a share of the bytes is split between tokens and channels (`grace_opt.compression.split`).
         key_bits, value_bits: integers of 2, 3, 4 or 8 bits for the rows of old tokens, or None.
         selection: how channels are chosen, where the codec keeps channels.
         sharing: how the budget is shared over heads.
@@ -112,10 +113,26 @@ class Method:
                 raise InputError(f"unknown {table.what} {what!r}{did_you_mean(what, list(table))}")
         if self.token_share is not None and not 0 <= self.token_share <= 1:
             raise InputError(f"token_share must be from 0 to 1, got {self.token_share}")
-        if self.token_share is None and self.tokens is not None and self.codec != "whole":
+
+    @property
+    def splits(self) -> bool:
+        """Whether a budget is split between a token policy and a codec."""
+        return self.tokens is not None and self.token_share is None and self.codec != "whole"
+
+    def require_split(self, budget: Budget) -> None:
+        """Raise InputError if a budget would have to be split and cannot be."""
+        if not self.splits:
+            return
+        between = f"between the token policy {self.tokens!r} and the codec {self.codec!r}"
+        if budget.share is None:
             raise InputError(
-                f"the budget would have to be split between the token policy {self.tokens!r} and the codec "
-                f"{self.codec!r}; give token_share, the share of old tokens that stay"
+                f"only a share of the bytes can be split {between}; give --budget-share, or token_share, the share of "
+                "old tokens that stay"
+            )
+        if not CODECS[self.codec].selects or self.selection.objective != "attention":
+            raise InputError(
+                f"a share is split {between} by the error that each makes, which is known of channels chosen by the "
+                "attention objective; give token_share, the share of old tokens that stay"
             )
 
     def bits(self, kind: Kind) -> int | None:
@@ -223,6 +240,7 @@ def require_effect(method: Method, given: Collection[str], budgets: Sequence[Bud
     effects: dict[str, tuple[bool, str]] = {
         "floor": (kind == "shared", other_budget + "shared"),
         "value_weight": (kind == "shared", other_budget + "shared"),
+        "token_weight": (method.splits, "unless a share is split between a token policy and a codec; leave it out"),
         "rounding": (kind == "uniform", other_budget + "uniform"),
         "objective": (measured, not_measured),
         "value_objective": (measured, not_measured),
@@ -240,6 +258,7 @@ def require_effect(method: Method, given: Collection[str], budgets: Sequence[Bud
         if name in given and not effective:
             raise InputError(f"{name} has no effect {otherwise}")
     for budget in budgets:
+        method.require_split(budget)
         if method.codec == "whole" and method.tokens is None and budget.share is None:
             raise InputError(
                 "integers alone prune nothing, so ratios and bytes a token have no effect on them; give a share of the "

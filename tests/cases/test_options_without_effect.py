@@ -61,6 +61,18 @@ def test_align_counts_in_a_uniform_budget_too(tmp_path: Path) -> None:
             "token_share has no effect without a token policy",
         ),
         (
+            ("--method", "snapkv+grace-opt", "--ratio", 0.5),
+            "only a share of the bytes can be split between the token policy 'snapkv' and the codec 'channels'",
+        ),
+        (
+            ("--method", "snapkv+think", "--budget-share", 0.5),
+            "a share is split between the token policy 'snapkv' and the codec 'channels' by the error",
+        ),
+        (
+            ("--method", "snapkv", "--budget-share", 0.5, "--method-option", "snapkv.token_weight=2"),
+            "token_weight has no effect unless a share is split",
+        ),
+        (
             ("--method", "think", "--ratio", 0.5, "--method-option", "think.spans=3"),
             "spans has no effect unless the objective or the read-out is attention",
         ),

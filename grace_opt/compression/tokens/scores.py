@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from grace_opt.compression.tokens.base import Tier, TokenPolicy
+from grace_opt.compression.tokens.base import Tier, TokenPolicy, TokenRule
 from grace_opt.graphs.observed import Observed
 
 _ELEMENTS = 1 << 24  # of the scores that are held at a time: 64 MB
@@ -43,6 +43,14 @@ def _received(seen: Observed, last: int) -> Tensor:
 def of_kv_heads(scores: Tensor, heads: int) -> Tensor:
     """The mean over each KV head's query heads: [Hq, T] -> [heads, T]."""
     return scores.view(heads, -1, scores.shape[-1]).mean(1)
+
+
+def mass_lost(rule: TokenRule, seen: Observed) -> Tensor:
+    """float32[Hq]: the attention on the old tokens that a policy drops, the mean over the observed queries."""
+    old = seen.prunable
+    dropped = rule.policy.tiers(seen, rule.share)[..., old] == Tier.DROPPED
+    by_query = dropped.expand(len(seen.keys), -1).repeat_interleave(len(seen.queries) // len(seen.keys), 0)
+    return (received(seen)[:, old] * by_query).sum(1) / seen.queries.shape[1]
 
 
 @dataclass(frozen=True)
