@@ -66,20 +66,18 @@ def split(method: Method, layers: Layers, budget: Budget) -> Method:
     no token share holds so little. O(shares tried) times a plan without its solver.
     """
     best: tuple[float, Method] | None = None
-    refused: ShareError | None = None
     for step in range(_STEPS):
         tried = replace(method, token_share=2 ** (-step / 2))
         try:
             error = _error(tried, layers, budget)
-        except ShareError as each:
-            refused = each
+        except ShareError:
+            if best is None and step == _STEPS - 1:
+                raise
             continue
         if best is not None and error >= best[0]:
             break
         best = error, tried
-    if best is None:
-        assert refused is not None
-        raise refused
+    assert best is not None
     return best[1]
 
 
@@ -101,9 +99,11 @@ def _within(method: Method, layers: Layers, parts: Parts, budget: Budget, allotm
 
     def held(tried: Budget) -> float:
         plan = _applied(method, layers, parts, tried, allotment, None)
-        return sum(
-            held_bytes(plan.layers[i], _shapes(each), each.keys.shape[1], itemsize) for i, each in layers.items()
-        )
+        total = 0.0
+        for each, seen in zip(plan, layers.values(), strict=True):
+            kept = None if each.tokens is None else each.tokens.kept(seen)
+            total += held_bytes(each, _shapes(seen), seen.keys.shape[1], itemsize, kept)
+        return total
 
     return within_share(budget, held, _whole(method, layers), full)
 

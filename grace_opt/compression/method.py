@@ -191,6 +191,7 @@ METHODS: dict[str, Method] = {
     "kq-svd": Method(codec="lowrank", codec_options={"basis": "kq-svd"}, **_UNIFORM),
 }
 
+_KINDS = ("tokens", "codec", "integers")  # of the parts of a composed name, in order
 _INTEGERS = {f"int{bits}": bits for bits in BITS}  # the end of a composed name -> bits of keys and values
 _ALL_CHANNELS = Method(codec="whole", readout=ReadoutRecipe("none"))
 
@@ -198,16 +199,17 @@ _ALL_CHANNELS = Method(codec="whole", readout=ReadoutRecipe("none"))
 def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
     """The named method with some fields, of it or of its parts, set; strings are parsed as the command line's.
 
-    A name may be composed, in any order, of one that chooses tokens, one that chooses channels or a basis, and
+    A name may be composed, in this order, of one that chooses tokens, one that chooses channels or a basis, and
     integers: ``snapkv+grace-opt+int4`` keeps SnapKV's tokens as grace-opt's channels, of 4 bits each. Raises InputError
-    for an unknown name or field (with the nearest), two parts of one kind, or a wrong value.
+    for an unknown name or field (with the nearest), parts in another order, or a wrong value.
     """
-    parts = {_kind_of(part): part for part in name.split("+")}
-    if len(parts) < name.count("+") + 1:
+    kinds = [_kind_of(part) for part in name.split("+")]
+    if kinds != [kind for kind in _KINDS if kind in kinds]:
         raise InputError(
-            f"method {name!r} has two parts of one kind; compose at most one that chooses tokens, one that chooses "
-            "channels or a basis, and integers"
+            f"method {name!r} is not composed in order; name at most one that chooses tokens, then one that chooses "
+            "channels or a basis, then integers, as in snapkv+grace-opt+int4"
         )
+    parts = dict(zip(kinds, name.split("+"), strict=True))
     base = parts.get("codec", parts.get("tokens"))
     options = (_ALL_CHANNELS if base is None else METHODS[base]).options()
     if "tokens" in parts:
@@ -219,7 +221,7 @@ def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
     return from_options({**options, **(overrides or {})}, name)
 
 
-def _kind_of(name: str) -> Literal["tokens", "codec", "integers"]:
+def _kind_of(name: str) -> str:
     if name in _INTEGERS:
         return "integers"
     if name not in METHODS:

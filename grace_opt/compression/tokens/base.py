@@ -72,6 +72,13 @@ class TokenRule:
         if not 0 <= self.share <= 1:
             raise InputError(f"the share of old tokens that stay must be from 0 to 1, got {self.share}")
 
+    def kept(self, seen: Observed) -> list[int] | None:
+        """How many old tokens each KV head keeps; None where all keep the same."""
+        if not self.policy.per_head:
+            return None
+        stay = self.policy.tiers(seen, self.share)[:, seen.prunable] != Tier.DROPPED
+        return [int(each) for each in stay.sum(1)]
+
 
 def policy_named(name: str, parameters: Mapping[str, Any]) -> TokenPolicy:
     """The policy of a name, with parameters as JSON or the command line have them. Raises InputError for wrong ones."""

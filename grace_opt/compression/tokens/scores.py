@@ -69,7 +69,7 @@ class Scored(TokenPolicy):
 
     def tiers(self, seen: Observed, share: float) -> Tensor:
         old = seen.prunable
-        scores = self.scores(seen)
+        scores = seen.once(("scores", self), lambda: self.scores(seen))
         tiers = torch.full(
             (len(scores), seen.keys.shape[1]), int(Tier.COMPRESSED), dtype=torch.int8, device=scores.device
         )
