@@ -24,6 +24,7 @@ ABSENT = "a-model-that-is-not-read"
             ("--method-option", "spans=3", "--method", "grace"),
             "spans has no effect unless the objective or the read-out",
         ),
+        (("--method", "snapkv+grace-opt"), "tokens are chosen from a prompt, and a bundle has none, so 'snapkv'"),
         (("--scheduler", "tcp://10.0.0.1:8786"), "--scheduler goes with --engine dask"),
         (("--engine", "dask", "--isolate"), "--isolate is for this machine"),
         (("--engine", "dask", "--scheduler", "tcp://10.0.0.1:8786", "--workers", 3), "a --scheduler has its own"),
