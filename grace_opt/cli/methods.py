@@ -19,7 +19,7 @@ def methods(format: FormatOption = Format.TABLE) -> None:
     if format is Format.JSON:
         print_records([{"method": name, **asdict(method)} for name, method in METHODS.items()], format)
         return
-    columns = ["method", "stored as", "tokens", "objectives", "solver", "for masks", "budget", "read-out", "generated"]
+    columns = ["method", "stored as", "tokens", "objectives", "solver", "for masks", "budget", "read-out"]
     print_records([_row(name, method) for name, method in METHODS.items()], format, columns)
 
 
@@ -30,11 +30,10 @@ def _row(name: str, method: Method) -> dict[str, Any]:
     return {
         "method": name,
         "stored as": ", ".join([*map(str, (method.codec, *method.codec_options.values())), *bits]),
-        "tokens": method.tokens or "all",
+        "tokens": "all" if method.tokens is None else "chosen",
         "objectives": f"{selection.objective}, {selection.value_objective}" if selects else None,
         "solver": selection.solver if selects else None,
         "for masks": selection.offline_solver if selects else None,
         "budget": f"{sharing.budget}, {sharing.rounding}" if sharing.budget == "uniform" else sharing.budget,
         "read-out": method.readout.readout_fit,
-        "generated": method.windows.generated,
     }

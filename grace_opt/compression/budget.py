@@ -78,6 +78,7 @@ class Sharing:
         align: each head keeps a multiple of so many channels, or of the size of tied groups if that is more.
         floor: of the shared budget: each head keeps at least so many channels.
         value_weight: where keys and values share bytes, how much an error of the values counts.
+        token_weight: where tokens and channels do, how much the attention on dropped tokens counts.
     """
 
     budget: Literal["uniform", "shared"] = "shared"
@@ -85,12 +86,14 @@ class Sharing:
     floor: int = 4
     align: int = 1
     value_weight: float = 5.0
+    token_weight: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.align < 1 or self.floor < 0 or not 0 <= self.value_weight < math.inf:
+        weights = (self.value_weight, self.token_weight)
+        if self.align < 1 or self.floor < 0 or not all(0 <= each < math.inf for each in weights):
             raise InputError(
-                f"align must be at least 1, floor and value_weight not negative; got {self.align}, {self.floor} and "
-                f"{self.value_weight}"
+                "align must be at least 1, floor, value_weight and token_weight not negative; got "
+                f"{self.align}, {self.floor}, {self.value_weight} and {self.token_weight}"
             )
 
 
@@ -125,6 +128,15 @@ class Allotment:
         if self._sharing.budget == "shared":
             return self._shared(budget)
         return self._uniform_ratios(budget) if budget.bytes_per_token is None else self._uniform(budget.bytes_per_token)
+
+    def error(self, budget: Budget) -> float:
+        """What a budget costs, in the measure that keys and values share bytes by: the mean over heads."""
+        prunes, weights = self.of(budget), {"key": 1.0, "value": self._sharing.value_weight}
+        errors = {
+            kind: sum(float(curve[m]) for curve, m in zip(self._curves[kind], each, strict=True)) / len(each)
+            for kind, each in prunes.items()
+        }
+        return sum(weights[kind] * error for kind, error in errors.items())
 
     def _uniform_ratios(self, budget: Budget) -> dict[Kind, list[int]]:
         up = self._sharing.rounding == "ceil"  # a head with less to prune is refused when its problem is made

@@ -28,7 +28,10 @@ if TYPE_CHECKING:  # torch is loaded for masks only: problems are made without i
 
 ITEMSIZE = 2  #: bytes of a number in the caches that budgets in bytes are of
 #: options of methods that only a prompt has a use for
-OF_PROMPTS = ("objective", "value_objective", "prunable_only", "solver", "tokens", "token_options", "token_share")
+OF_PROMPTS = (
+    *("objective", "value_objective", "prunable_only", "solver"),
+    *("tokens", "token_options", "token_share", "token_weight"),
+)
 
 
 def require_effect(method: Method, given: Collection[str], budgets: Sequence[Budget]) -> None:
@@ -37,7 +40,16 @@ def require_effect(method: Method, given: Collection[str], budgets: Sequence[Bud
         if name in given:
             cure = "give --solver" if name == "solver" else "calibrate, evaluate and generate have it"
             raise InputError(f"the method's option {name} is for prompts, and has no effect on a bundle; {cure}")
+    _require_all_tokens(method)
     methods.require_effect(method, given, budgets)
+
+
+def _require_all_tokens(method: Method) -> None:
+    if method.tokens is not None and method.codec != "whole":
+        raise InputError(
+            f"tokens are chosen from a prompt, and a bundle has none, so {method.tokens!r} has nothing to look at; "
+            "leave it out of the method's name, or use grace-opt evaluate or generate"
+        )
 
 
 def problems_of(
@@ -61,6 +73,7 @@ def problems_of(
             f"a method whose codec is {method.codec!r} selects no channels, so there is nothing to solve; use "
             "grace-opt evaluate, or grace-opt generate --method"
         )
+    _require_all_tokens(method)
     plain = bundle.problems(0.0, protect=method.selection.protection is not None)
     measured = {head.kind for head in bundle.heads}
     if not any(budget.prunes(kind) for kind in measured) and any(budget.prunes(kind) for kind in KINDS):

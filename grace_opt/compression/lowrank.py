@@ -63,7 +63,7 @@ class LowRank(Codec):
 
     @classmethod
     def _of_heads(cls, seen: Observed, kind: Kind, basis: str) -> list[Self]:
-        tokens = (seen.keys if kind == "key" else seen.values)[:, seen.prunable]
+        tokens = (seen.keys if kind == "key" else seen.values)[:, seen.counted]
         about = moments(tokens, None, 0.0)
         if not all(np.isfinite(each.covariance).all() for each in about):
             raise InputError(f"{kind}s to find a basis for are not finite; look at the model's weights and its dtype")

@@ -18,9 +18,9 @@ from grace_opt.compression.mask_fields import keep_of, text, whole
 from grace_opt.compression.mask_version_1 import from_version_1
 from grace_opt.compression.method import Windows, from_options
 from grace_opt.compression.plan import CachePlan, Choice, LayerPlan
-from grace_opt.compression.plugins import CODECS, POLICIES
+from grace_opt.compression.plugins import CODECS
 from grace_opt.compression.readout import Readout, ReadoutRecipe
-from grace_opt.compression.tokens.base import TokenRule
+from grace_opt.compression.tokens.base import TokenRule, policy_named
 from grace_opt.errors import InputError, shown
 from grace_opt.files import file_sha256, json_text, replacing, write_safetensors
 from grace_opt.heads import CHANNELS, KINDS, Kind, check_geometry
@@ -252,7 +252,7 @@ def _layer(index: int, codecs: Mapping[Kind, Sequence[Codec]], policy: Mapping[s
     tokens, choice, readout = policy["tokens"], policy["choice"], policy["readout"]
     rule = None
     if tokens is not None:
-        rule = TokenRule(POLICIES[tokens["policy"]](**tokens["parameters"]), float(tokens["share"]))
+        rule = TokenRule(policy_named(tokens["policy"], tokens["parameters"]), float(tokens["share"]))
     chosen = None
     if choice is not None:
         chosen = Choice(from_options(choice["method"]), Budget(choice["ratio"], choice["value_ratio"]))

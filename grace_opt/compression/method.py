@@ -85,7 +85,8 @@ class Method:
     Attributes:
         codec: how old tokens are stored (`grace_opt.compression.codec.CODECS`), with its own ``codec_options``.
         tokens: the token policy (`grace_opt.compression.tokens`), with ``token_options``; None: all tokens stay.
-        token_share: of the old tokens, how many may stay; None: as many as the budget leaves bytes for, whole.
+        token_share: of the old tokens, how many may stay; None: as many as the budget leaves bytes for, and with a
+            codec a share of the bytes is split between tokens and channels (`grace_opt.compression.split`).
         key_bits, value_bits: integers of 2, 3, 4 or 8 bits for the rows of old tokens, or None.
         selection: how channels are chosen, where the codec keeps channels.
         sharing: how the budget is shared over heads.
@@ -114,10 +115,26 @@ class Method:
                 raise InputError(f"unknown {table.what} {what!r}{did_you_mean(what, list(table))}")
         if self.token_share is not None and not 0 <= self.token_share <= 1:
             raise InputError(f"token_share must be from 0 to 1, got {self.token_share}")
-        if self.token_share is None and self.tokens is not None and self.codec != "whole":
+
+    @property
+    def splits(self) -> bool:
+        """Whether a budget is split between a token policy and a codec."""
+        return self.tokens is not None and self.token_share is None and self.codec != "whole"
+
+    def require_split(self, budget: Budget) -> None:
+        """Raise InputError if a budget would have to be split and cannot be."""
+        if not self.splits:
+            return
+        between = f"between the token policy {self.tokens!r} and the codec {self.codec!r}"
+        if budget.share is None:
             raise InputError(
-                f"the budget would have to be split between the token policy {self.tokens!r} and the codec "
-                f"{self.codec!r}; give token_share, the share of old tokens that stay"
+                f"only a share of the bytes can be split {between}; give --budget-share, or token_share, the share of "
+                "old tokens that stay"
+            )
+        if not CODECS[self.codec].selects or self.selection.objective != "attention":
+            raise InputError(
+                f"a share is split {between} by the error that each makes, which is known of channels chosen by the "
+                "attention objective; give token_share, the share of old tokens that stay"
             )
 
     def bits(self, kind: Kind) -> int | None:
@@ -158,6 +175,10 @@ def _think(**selection: Any) -> dict[str, Any]:
     return {"selection": chosen, "readout": ReadoutRecipe("none")}
 
 
+def _evicting(tokens: str) -> Method:
+    return Method(codec="whole", tokens=tokens, readout=ReadoutRecipe("none"))
+
+
 _UNIFORM: dict[str, Any] = {"sharing": Sharing("uniform"), "readout": ReadoutRecipe("none")}
 _JOINT: dict[str, Any] = {"windows": Windows(generated="prune"), **_UNIFORM}
 METHODS: dict[str, Method] = {
@@ -168,7 +189,13 @@ METHODS: dict[str, Method] = {
         sharing=Sharing("uniform", rounding="ceil"), **_think(offline_solver="greedy", protection=Protection())
     ),
     "grace-opt": Method(),
-    "streaming": Method(codec="whole", tokens="streaming", readout=ReadoutRecipe("none")),
+    # Which tokens stay, each with its paper in grace_opt.compression.tokens; all of a token or nothing.
+    **{
+        name: _evicting(name)
+        for name in ("streaming", "snapkv", "pyramidkv", "adakv", "tova", "knorm", "keydiff", "expected-attention")
+    },
+    # H2O sums attention over all queries of the prompt; of longer ones, here over the last 1024.
+    "h2o": replace(_evicting("h2o"), selection=Selection(observation_window=1024)),
     "svd": Method(codec="lowrank", codec_options={"basis": "svd"}, **_UNIFORM),
     "kq-svd": Method(codec="lowrank", codec_options={"basis": "kq-svd"}, **_UNIFORM),
     # CSKV (arXiv 2409.10593), its ranks fitted to each prompt in closed form, its window sliding.
@@ -178,6 +205,7 @@ METHODS: dict[str, Method] = {
     "asvd": Method(codec="cskv", codec_options={"basis": "asvd"}, **_JOINT),
 }
 
+_KINDS = ("tokens", "codec", "integers")  # of the parts of a composed name, in order
 _INTEGERS = {f"int{bits}": bits for bits in BITS}  # the end of a composed name -> bits of keys and values
 _ALL_CHANNELS = Method(codec="whole", readout=ReadoutRecipe("none"))
 
@@ -185,21 +213,34 @@ _ALL_CHANNELS = Method(codec="whole", readout=ReadoutRecipe("none"))
 def method(name: str, overrides: Mapping[str, Any] | None = None) -> Method:
     """The named method with some fields, of it or of its parts, set; strings are parsed as the command line's.
 
-    A name may be composed: ``grace-opt+int4`` is grace-opt with both kinds' rows as integers of 4 bits, and ``int4``
-    these alone. Raises InputError for an unknown name or field (with the nearest), or a wrong value.
+    A name may be composed, in this order, of one that chooses tokens, one that chooses channels or a basis, and
+    integers: ``snapkv+grace-opt+int4`` keeps SnapKV's tokens as grace-opt's channels, of 4 bits each. Raises InputError
+    for an unknown name or field (with the nearest), parts in another order, or a wrong value.
     """
-    base, plus, last = name.rpartition("+")
-    bits = _INTEGERS.get(last)
-    options = (_named(base if bits else name) if plus or not bits else _ALL_CHANNELS).options()
-    if bits:
+    kinds = [_kind_of(part) for part in name.split("+")]
+    if kinds != [kind for kind in _KINDS if kind in kinds]:
+        raise InputError(
+            f"method {name!r} is not composed in order; name at most one that chooses tokens, then one that chooses "
+            "channels or a basis, then integers, as in snapkv+grace-opt+int4"
+        )
+    parts = dict(zip(kinds, name.split("+"), strict=True))
+    base = parts.get("codec", parts.get("tokens"))
+    options = (_ALL_CHANNELS if base is None else METHODS[base]).options()
+    if "tokens" in parts:
+        chosen = METHODS[parts["tokens"]]
+        options |= {"tokens": chosen.tokens, "token_options": chosen.token_options}
+    if "integers" in parts:
+        bits = _INTEGERS[parts["integers"]]
         options |= {"key_bits": bits, "value_bits": bits}
     return from_options({**options, **(overrides or {})}, name)
 
 
-def _named(name: str) -> Method:
+def _kind_of(name: str) -> str:
+    if name in _INTEGERS:
+        return "integers"
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}{did_you_mean(name, [*METHODS, *_INTEGERS])}")
-    return METHODS[name]
+    return "codec" if METHODS[name].tokens is None else "tokens"
 
 
 def require_effect(method: Method, given: Collection[str], budgets: Sequence[Budget]) -> None:
@@ -216,6 +257,7 @@ def require_effect(method: Method, given: Collection[str], budgets: Sequence[Bud
     effects: dict[str, tuple[bool, str]] = {
         "floor": (kind == "shared", other_budget + "shared"),
         "value_weight": (kind == "shared", other_budget + "shared"),
+        "token_weight": (method.splits, "unless a share is split between a token policy and a codec; leave it out"),
         "rounding": (kind == "uniform", other_budget + "uniform"),
         "objective": (measured, not_measured),
         "value_objective": (measured, not_measured),
@@ -233,6 +275,7 @@ def require_effect(method: Method, given: Collection[str], budgets: Sequence[Bud
         if name in given and not effective:
             raise InputError(f"{name} has no effect {otherwise}")
     for budget in budgets:
+        method.require_split(budget)
         if method.codec == "whole" and method.tokens is None and budget.share is None:
             raise InputError(
                 "integers alone prune nothing, so ratios and bytes a token have no effect on them; give a share of the "

@@ -61,12 +61,13 @@ def pays_from(layers: Mapping[int, LayerPlan], shapes: Mapping[int, Shapes], ite
     return high
 
 
-def held_bytes(plan: LayerPlan, shapes: Shapes, tokens: int, itemsize: int) -> float:
+def held_bytes(plan: LayerPlan, shapes: Shapes, tokens: int, itemsize: int, kept: Sequence[int] | None = None) -> float:
     """Bytes of one row of a layer after a prompt of so many tokens (docs/cache.md), by a plan that names its codecs.
 
-    Windows, scales, positions and read-outs are counted; growth space is not.
+    Windows, scales, positions and read-outs are counted; growth space is not. ``kept``: how many old tokens a policy
+    ``per_head`` keeps in each head; None: equally many.
     """
-    return _of_codecs(plan, _codecs(plan, shapes) or {}, tokens, itemsize)
+    return _of_codecs(plan, _codecs(plan, shapes) or {}, tokens, itemsize, kept)
 
 
 def _codecs(plan: LayerPlan, shapes: Shapes) -> dict[Kind, list[Codec]] | None:
@@ -92,11 +93,6 @@ def _of_kind(plan: LayerPlan, kind: Kind, heads: int, n: int) -> list[Codec] | N
     return [as_integers(inner, method.bits(kind) or 0, kind)] * heads
 
 
-def _staying(plan: LayerPlan, tokens: int) -> int:
-    """How many tokens of a prompt stay."""
-    return tokens if plan.tokens is None else tokens - _old(plan, tokens) + _chosen(plan, tokens)
-
-
 def _chosen(plan: LayerPlan, tokens: int) -> int:
     """How many of the old ones a policy keeps."""
     return round(plan.tokens.share * _old(plan, tokens)) if plan.tokens is not None else 0
@@ -106,29 +102,43 @@ def _old(plan: LayerPlan, tokens: int) -> int:
     return max(0, tokens - plan.windows.sinks - plan.windows.recent_window)
 
 
-def _of_codecs(plan: LayerPlan, codecs: Mapping[Kind, Sequence[Codec]], tokens: int, itemsize: int) -> float:
-    of_heads = sum(_held(plan, kind, codec, tokens, itemsize) for kind, each in codecs.items() for codec in each)
+def _of_codecs(
+    plan: LayerPlan,
+    codecs: Mapping[Kind, Sequence[Codec]],
+    tokens: int,
+    itemsize: int,
+    kept: Sequence[int] | None = None,
+) -> float:
+    count = max(map(len, codecs.values()), default=1)
+    whole = tokens - _old(plan, tokens) if plan.tokens is not None else tokens
+    stay = [whole + each for each in kept or [_chosen(plan, tokens)] * count]
+    of_heads = sum(
+        _held(plan, codec, of_head, itemsize)
+        for each in codecs.values()
+        for codec, of_head in zip(each, stay, strict=False)  # one codec may be of all heads
+    )
+    apart = plan.tokens is not None and plan.tokens.policy.per_head
     alike = [{codec.signature() for codec in each} for each in codecs.values()]
-    if max(map(len, alike), default=1) == 1:  # also where one codec is of all heads
+    if apart:
+        parts = count
+    elif max(map(len, alike), default=1) == 1:
         parts = 1 if codecs else 0
     else:
         parts = len({tuple(codec.signature() for codec in head) for head in zip(*codecs.values(), strict=True)})
-    return of_heads + 8 * parts + _positions(plan, tokens)
+    return of_heads + 8 * parts + sum(_positions(plan, each, each - whole) for each in (stay if apart else stay[:1]))
 
 
-def _positions(plan: LayerPlan, tokens: int) -> int:
+def _positions(plan: LayerPlan, stay: int, chosen: int) -> int:
     """Bytes that say which tokens a policy keeps, and which of them hold residuals."""
     if plan.tokens is None:
         return 0
-    beside = plan.tokens.policy.whole and plan.codecs
-    return 8 * _staying(plan, tokens) + (8 * _chosen(plan, tokens) if beside else 0)
+    return 8 * stay + (8 * chosen if plan.tokens.policy.whole and plan.codecs else 0)
 
 
-def _held(plan: LayerPlan, kind: Kind, codec: Codec, tokens: int, itemsize: int) -> float:
-    """Bytes of one codec's keys or values after a prompt (docs/cache.md)."""
+def _held(plan: LayerPlan, codec: Codec, stay: int, itemsize: int) -> float:
+    """Bytes of one codec's keys or values, ``stay`` tokens after a prompt (docs/cache.md)."""
     windows, width, dropped = plan.windows, codec.width, codec.residual_width * codec.heads
     last = windows.recent_window + windows.spare
-    stay = _staying(plan, tokens)
     blocks = max(0, stay - windows.sinks - last) // codec.block * codec.block if codec.block else 0
     room = width if codec.block else room_of(width, itemsize)
     total = codec.nbytes(blocks, itemsize) + (stay - blocks) * room * itemsize

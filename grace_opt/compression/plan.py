@@ -68,7 +68,9 @@ class LayerPlan:
 
     def part(self, heads: Sequence[int]) -> LayerPlan:
         """The plan of some of the heads."""
-        return replace(self, codecs={kind: [each[head] for head in heads] for kind, each in self.codecs.items()})
+        # One codec alone is of any number of heads: integers of whole tokens.
+        codecs = {kind: [each[head if len(each) > 1 else 0] for head in heads] for kind, each in self.codecs.items()}
+        return replace(self, codecs=codecs)
 
     def check(self, keys: Tensor, values: Tensor) -> None:
         """Raise InputError if the codecs do not fit a layer's keys and values [B, H, n, D]."""

@@ -81,5 +81,18 @@ CODECS: Table[type[Codec]] = Table(
 POLICIES: Table[type[TokenPolicy]] = Table(
     "token policy",
     "grace_opt.token_policies",
-    {"streaming": "grace_opt.compression.tokens.streaming:Streaming"},
+    {
+        name: f"grace_opt.compression.tokens.{where}"
+        for name, where in {
+            "streaming": "streaming:Streaming",
+            "snapkv": "snapkv:SnapKV",
+            "pyramidkv": "pyramidkv:PyramidKV",
+            "adakv": "adakv:AdaKV",
+            "h2o": "h2o:H2O",
+            "tova": "tova:Tova",
+            "knorm": "knorm:Knorm",
+            "keydiff": "keydiff:KeyDiff",
+            "expected-attention": "expected_attention:ExpectedAttention",
+        }.items()
+    },
 )

@@ -41,7 +41,7 @@ class GraphSums:
         self.windows[layer] = self.windows.get(layer, 0) + 1
 
     def _add(self, layer: int, kind: Kind, weights: Tensor, tokens: Tensor, seen: Observed, **more: Tensor) -> None:
-        old = double(tokens[:, seen.prunable])
+        old = double(tokens[:, seen.counted])
         received = seen.token_weights.to(old)[..., None]
         terms = {
             "weights": weights,

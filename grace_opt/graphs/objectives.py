@@ -18,7 +18,7 @@ def logit(seen: Observed) -> Tensor:
     GRACE (arXiv 2604.16983, eq. 4-6), summed over the query heads of a group: pruning P changes the squared Frobenius
     norm of Q K' by the sum of W over P x P. Without the softmax scale, as in the paper. O((w + T) n^2) a head.
     """
-    queries, keys = double(seen.grouped), double(seen.keys[:, seen.prunable])
+    queries, keys = double(seen.grouped), double(seen.keys[:, seen.counted])
     return (queries.mT @ queries) * (keys.mT @ keys)
 
 
@@ -27,7 +27,7 @@ def centered(seen: Observed) -> Tensor:
 
     The mean of a query's error over the tokens cancels in the softmax, but for the whole tokens that have none.
     """
-    keys = double(seen.keys[:, seen.prunable])
+    keys = double(seen.keys[:, seen.counted])
     queries, keys = double(seen.grouped), keys - keys.mean(1, keepdim=True)
     return (queries.mT @ queries) * (keys.mT @ keys)
 
@@ -45,7 +45,7 @@ def attention(seen: Observed) -> Tensor:
     float32's rounding. O(G s T n^2) a head with s spans (w without).
     """
     heads, width = len(seen.keys), seen.queries.shape[1]
-    keys = seen.keys[:, seen.prunable].float()
+    keys = seen.keys[:, seen.counted].float()
     spans = min(seen.spans or width, width)
     member = (
         torch.arange(spans, device=keys.device)[:, None] == torch.arange(width, device=keys.device) * spans // width
@@ -68,7 +68,7 @@ def attention(seen: Observed) -> Tensor:
 
 def norm(seen: Observed) -> Tensor:
     """Squared norms of the value channels on the diagonal, float64[H, nv, nv]: the scores of plain value pruning."""
-    values = double(seen.values[:, seen.prunable])
+    values = double(seen.values[:, seen.counted])
     return torch.diag_embed(values.square().sum(1))
 
 
@@ -77,7 +77,7 @@ def read(seen: Observed) -> Tensor:
 
     ThinK's scores for values (arXiv 2407.21018, appendix D): diag of sum_g V'A_g'A_g V, g over the query heads.
     """
-    returned = double(torch.matmul(seen.attention, seen.values[:, seen.prunable].float()))
+    returned = double(torch.matmul(seen.attention, seen.values[:, seen.counted].float()))
     return torch.diag_embed(returned.square().sum(1))
 
 
@@ -92,7 +92,7 @@ def output(seen: Observed) -> Tensor:
     if seen.output_grams is None:
         raise InputError("the output projection of this model's attention was not found; use the norm objective")
     heads, _, n = seen.values.shape
-    returned = torch.matmul(seen.attention, seen.values[:, seen.prunable].float())
+    returned = torch.matmul(seen.attention, seen.values[:, seen.counted].float())
     returned = double(returned).view(heads, -1, seen.queries.shape[1], n)
     return ((returned.mT @ returned) * seen.output_grams.view(heads, -1, n, n)).sum(1)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grace_opt.models.rotary import Turn
 
 T = TypeVar("T")
+Index = slice | Tensor  # heads that lie side by side, or int64 of any
 
 
 class OutputProjection:
@@ -34,6 +35,21 @@ class OutputProjection:
         """As of `Observed.output_grams`. O(hidden Hq nv^2), and what `output_projection` takes and raises."""
         matrix = output_projection(self._attention, self._heads, self._like)
         return None if matrix is None else _grams(matrix, self._heads)
+
+    def part(self, queries: Index) -> OutputProjection:
+        """Of some of the query heads."""
+        return _Part(self, queries)
+
+
+class _Part(OutputProjection):
+    def __init__(self, whole: OutputProjection, queries: Index) -> None:
+        self._whole, self._queries = whole, queries
+
+    @cached_property
+    def grams(self) -> Tensor | None:
+        grams = self._whole.grams
+        picked = self._queries
+        return None if grams is None else grams[picked if isinstance(picked, slice) else picked.to(grams.device)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +87,7 @@ class Observed:
     ``inputs``: what the keys and values were made of, if that was looked at.
     ``turn``: how RoPE turned the keys, the first of which is at position 0; None if nobody asks.
     ``spans``: how many spans the queries are cut into by the `attention` objective; None: a query is a span.
+    ``stored``: int64, the prunable tokens that a token policy leaves to be compressed; None: all.
     """
 
     queries: Tensor
@@ -83,6 +100,7 @@ class Observed:
     spans: int | None = None
     turn: Turn | None = None
     inputs: InputProjections | None = None
+    stored: Tensor | None = None
     made: dict[Hashable, Any] = field(default_factory=dict)  #: by `once`
 
     def __post_init__(self) -> None:
@@ -102,6 +120,22 @@ class Observed:
         """The tokens of which the cache keeps some channels only, once the window has been read."""
         return slice(self.sinks, self.keys.shape[1] - self.recent_window)
 
+    @property
+    def counted(self) -> slice | Tensor:
+        """Those of them that graphs, bases and read-outs count."""
+        return self.prunable if self.stored is None else self.stored
+
+    def part(self, heads: Tensor) -> Observed:
+        """What some of the KV heads saw."""
+        queries = queries_of(heads, len(self.queries) // len(self.keys))
+        output = self.output
+        if isinstance(output, Tensor):
+            output = output.view(len(output), len(self.queries), -1)[:, queries].flatten(1)
+        elif output is not None:
+            output = output.part(queries)
+        keys, values = self.keys[heads], self.values[heads]
+        return replace(self, queries=self.queries[queries], keys=keys, values=values, output=output, made={})
+
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
         """What is made of it, such as a graph, made at the first call."""
         if what not in self.made:
@@ -119,7 +153,7 @@ class Observed:
     @cached_property
     def all_tokens(self) -> Observed:
         """The same, as if no token stayed whole."""
-        return replace(self, sinks=0, recent_window=0, made={})
+        return replace(self, sinks=0, recent_window=0, stored=None, made={})
 
     @cached_property
     def grouped(self) -> Tensor:
@@ -128,7 +162,7 @@ class Observed:
 
     @cached_property
     def attention(self) -> Tensor:
-        """Softmax weights [H, G w, prunable] of the pairs that meet pruned: 0 where the token is whole for the query.
+        """Softmax weights [H, G w, counted] of the pairs that meet pruned: 0 where the token is whole for the query.
 
         Float32. They are those of the whole attention: the rows sum to less than 1, by what whole tokens receive.
         """
@@ -144,14 +178,27 @@ class Observed:
             by_query.masked_fill_(age < 0, -torch.inf)
             torch.softmax(weights, -1, out=weights)
             by_query.masked_fill_(age < self.recent_window, 0)
-        return weights[..., self.prunable]
+        return weights[..., self.counted]
 
     @cached_property
     def token_weights(self) -> Tensor:
-        """Attention that each prunable token receives, [H, prunable], summing to 1; equal where none receives any."""
+        """Attention that each counted token receives, [H, counted], summing to 1; equal where none receives any."""
         received = self.attention.sum(1)
         total = received.sum(-1, keepdim=True)
         return torch.where(total > 0, received / total, torch.full_like(received, 1 / received.shape[-1]))
+
+
+def index_of(heads: Tensor) -> Index:
+    """What picks these heads: a slice where it can, which copies nothing."""
+    first, last = int(heads[0]), int(heads[-1])
+    return slice(first, last + 1) if heads.tolist() == list(range(first, last + 1)) else heads
+
+
+def queries_of(heads: Index, group: int) -> Index:
+    """The query heads of some KV heads."""
+    if isinstance(heads, slice):
+        return slice(heads.start * group, heads.stop * group)
+    return (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
 
 
 def double(tensor: Tensor) -> Tensor:

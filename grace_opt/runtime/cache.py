@@ -269,6 +269,8 @@ def _layer(plan: LayerPlan, max_length: int | None, kernel: str | None) -> Prune
         layer.kernel = kernel
         return layer
 
+    if plan.tokens is not None and plan.tokens.policy.per_head:
+        return RaggedLayer(plan, [[]], [made(plan)])
     groups: dict[Any, list[int]] = {}
     for head in range(max(map(len, plan.codecs.values()), default=0)):
         of_head = (each[head if len(each) > 1 else 0].signature() for each in plan.codecs.values())

@@ -26,7 +26,7 @@ from grace_opt.runtime.handle import Handle
 from grace_opt.runtime.kernels.choose import usable
 from grace_opt.runtime.kernels.contract import Kernel
 from grace_opt.runtime.packed import Packed
-from grace_opt.runtime.prompt import Rows, Staying, observed, staying
+from grace_opt.runtime.prompt import Rows, Staying, narrowed, observed, staying
 from grace_opt.runtime.side import Coding, Side
 from grace_opt.runtime.slots import Slots, first_seen, refuse_right_padding
 from grace_opt.runtime.windows import Kept, Ring, Window
@@ -228,10 +228,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.plan.watches and not self._whole:
             hidden = None if self.given is None else self.given.take(self.index)
             rows = observed(self.plan, *self.prompt, query, scaling, first, output, self.turn, hidden)
-        stay = stay or staying(self.plan, rows, self.prompt[0].shape[2])
+        if stay is None and (said := staying(self.plan, rows, self.prompt[0].shape[2])) is not None:
+            (stay,) = said
         states, self._prompt = self.prompt, None
         if stay is not None:
-            states = self._drop(states, stay)
+            states, rows = self._drop(states, stay), narrowed(rows, stay)
         self.prompt_length = states[0].shape[2]
         self._store(states, rows)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grace_opt.compression.plan import LayerPlan
-from grace_opt.compression.tokens.base import Tier
+from grace_opt.compression.tokens.base import Tier, TokenRule, compressed
 from grace_opt.errors import InputError
 from grace_opt.graphs.observed import Observed, OutputProjection
 from grace_opt.models.rotary import Turn
@@ -61,54 +61,58 @@ class Staying:
     """Which tokens of a batch's prompts stay.
 
     ``slots`` int64[B, S]: their positions, in order, on the right; -1 where a row has fewer. ``whole`` int64[B, K]: the
-    slots of those that are whole beside sinks and window, -1 where a row has fewer.
+    slots of those that are whole beside sinks and window, -1 where a row has fewer. ``stored``: of each row, the
+    compressed ones by their position in the row, int64[C]; None if there are none.
     """
 
     slots: Tensor
     whole: Tensor
+    stored: Sequence[Tensor | None]
 
 
-def staying(plan: LayerPlan, rows: Sequence[tuple[Observed, bool]], tokens: int) -> Staying | None:
-    """What the layer's token policy says of the rows; None if all tokens stay. Raises InputError for a wrong answer."""
+def staying(plan: LayerPlan, rows: Rows, tokens: int) -> list[Staying] | None:
+    """What the layer's token policy says of the rows, of all KV heads or, of a policy ``per_head``, of each.
+
+    None if all tokens stay. Raises InputError for a wrong answer.
+    """
     if plan.tokens is None:
         return None
-    device = rows[0][0].keys.device
-    kept, whole = [], []
-    for seen, old in rows:
-        length = seen.keys.shape[1]
-        tiers = torch.full((length,), int(Tier.WHOLE), dtype=torch.int8, device=device)
-        if old:
-            said = plan.tokens.policy.tiers(seen, plan.tokens.share)
-            if said.shape != tiers.shape:
-                raise InputError(
-                    f"token policy {plan.tokens.policy.name!r} must give {length} tiers, a tier a token; got "
-                    f"{tuple(said.shape)}"
-                )
-            tiers[seen.prunable] = said.to(tiers)[seen.prunable]
-        stay = tiers.nonzero()[:, 0]
-        kept.append(stay + tokens - length)
-        apart = torch.zeros_like(tiers, dtype=torch.bool)
+    tiers = [_tiers(plan.tokens, seen, old) for seen, old in rows]
+    return [_staying([row[i] for row in tiers], rows, tokens) for i in range(len(tiers[0]))]
+
+
+def _tiers(rule: TokenRule, seen: Observed, old: bool) -> Tensor:
+    """int8[H or 1, T]: of each token of a row."""
+    heads, length = seen.keys.shape[:2]
+    shape = (heads, length) if rule.policy.per_head else (1, length)
+    tiers = torch.full(shape, int(Tier.WHOLE), dtype=torch.int8, device=seen.keys.device)
+    if old:
+        said = rule.policy.tiers(seen, rule.share)
+        if said.shape != (shape if rule.policy.per_head else shape[1:]):
+            each = f"{length} tiers, a tier a token" + f" of each of {heads} KV heads" * rule.policy.per_head
+            raise InputError(f"token policy {rule.policy.name!r} must give {each}; got {tuple(said.shape)}")
+        tiers[:, seen.prunable] = said.to(tiers)[..., seen.prunable]
+    return tiers
+
+
+def _staying(tiers: Sequence[Tensor], rows: Rows, tokens: int) -> Staying:
+    """``tiers``: int8[T] of each row."""
+    kept, whole, stored = [], [], []
+    for (seen, old), of_row in zip(rows, tiers, strict=True):
+        stay = of_row.nonzero()[:, 0]
+        kept.append(stay + tokens - len(of_row))
+        apart = torch.zeros_like(of_row, dtype=torch.bool)
         apart[seen.prunable] = old
-        whole.append((apart & (tiers == Tier.WHOLE))[stay].nonzero()[:, 0])
+        whole.append((apart & (of_row == Tier.WHOLE))[stay].nonzero()[:, 0])
+        stored.append(compressed(of_row))
     size = max(map(len, kept))
-    slots, places = (torch.full((len(rows), n), -1, device=device) for n in (size, max(map(len, whole))))
+    slots, places = (torch.full((len(rows), n), -1, device=tiers[0].device) for n in (size, max(map(len, whole))))
     for row, (stay, apart) in enumerate(zip(kept, whole, strict=True)):
         slots[row, size - len(stay) :] = stay
         places[row, : len(apart)] = apart + size - len(stay)
-    return Staying(slots, places)
+    return Staying(slots, places, stored)
 
 
-Index = slice | Tensor  # heads that lie side by side, or int64 of any
-
-
-def index_of(heads: Tensor) -> Index:
-    """What picks these heads: a slice where it can, which copies nothing."""
-    first, last = int(heads[0]), int(heads[-1])
-    return slice(first, last + 1) if heads.tolist() == list(range(first, last + 1)) else heads
-
-
-def queries_of(heads: Index, group: int) -> Index:
-    """The query heads of some KV heads."""
-    if isinstance(heads, slice):
-        return slice(heads.start * group, heads.stop * group)
-    return (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
+def narrowed(rows: Rows, stay: Staying) -> Rows:
+    """The same, of which graphs and read-outs count only the tokens that are compressed."""
+    return [(replace(seen, stored=stored, made={}), old) for (seen, old), stored in zip(rows, stay.stored, strict=True)]

@@ -1,7 +1,8 @@
-"""A cache layer whose KV heads have codecs of different signatures (widths, say): one `PrunedLayer` for those alike."""
+"""A cache layer whose KV heads differ in the codecs' signatures, or hold tokens of their own: `PrunedLayer`s."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,17 +11,20 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from grace_opt.compression.plan import LayerPlan
-from grace_opt.graphs.observed import OutputProjection
+from grace_opt.graphs.observed import Index, OutputProjection, index_of, queries_of
 from grace_opt.models.rotary import Turn
 from grace_opt.runtime.handle import RaggedHandle
 from grace_opt.runtime.layer import PrunedLayer, shapes_of
-from grace_opt.runtime.prompt import Index, Staying, index_of, observed, queries_of, staying
+from grace_opt.runtime.prompt import Staying, observed, staying
 
 
 class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Heads of one signature (of keys, and of values) side by side, as a pruned layer; nothing is padded.
 
-    ``plan``: of the whole layer; ``heads``: the KV heads of each part; ``parts``: their layers.
+    Under a token policy ``per_head`` each head is a part, with as many tokens as it keeps.
+
+    ``plan``: of the whole layer; ``heads``: the KV heads of each part; ``parts``: their layers. One part of no heads
+    becomes a part for each when the first tokens come, and says how many there are.
     """
 
     is_sliding = False
@@ -63,10 +67,21 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """As of `PrunedLayer`."""
         self.plan.check(key_states, value_states)
         self.shapes = shapes_of(key_states, value_states)
+        if not len(self.heads[0]):
+            self._split(key_states.shape[1])
         self.heads = [heads.to(key_states.device) for heads in self.heads]
         self.picked = [index_of(heads) for heads in self.heads]
         for heads, part in zip(self.picked, self.parts, strict=True):
             part.lazy_initialization(key_states[:, heads], value_states[:, heads])
+
+    def _split(self, heads: int) -> None:
+        (one,) = self.parts
+        self.heads, self.parts = [torch.tensor([head]) for head in range(heads)], []
+        for head in range(heads):
+            part = copy.copy(one)
+            part.plan = self.plan.part([head])
+            part.reset()
+            self.parts.append(part)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Store new tokens [B, Hkv, n, D]; returns a handle that only `attention` can read, for keys and values."""
@@ -85,9 +100,11 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """As of `PrunedLayer`; a token policy sees all heads of the layer."""
         if not self.parts[0].waits:
             return
-        stay = self._staying(query, scaling, mask) if self.plan.tokens is not None else None
-        for asked, part in zip(self.queries(query.shape[1]), self.parts, strict=True):
-            part.begin(query[:, asked], scaling, mask, output, stay)
+        stays: Sequence[Staying | None] = self._staying(query, scaling, mask) or [None]
+        if len(stays) < len(self.parts):
+            stays = [*stays] * len(self.parts)
+        for asked, part, stay in zip(self.queries(query.shape[1]), self.parts, stays, strict=True):
+            part.begin(query[:, asked], scaling, mask, output and output.part(asked), stay)
 
     def queries(self, count: int) -> list[Index]:
         """Which of ``count`` query heads each part answers."""
@@ -107,8 +124,10 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         heads = torch.arange(whole.shape[2], device=whole.device)
         return whole[:, :, torch.cat([heads[asked] for asked in self.queries(len(heads))]).argsort()]
 
-    def _staying(self, query: Tensor, scaling: float, mask: Tensor | None) -> Staying | None:
-        """What the policy says of the whole layer."""
+    def _staying(self, query: Tensor, scaling: float, mask: Tensor | None) -> list[Staying] | None:
+        """What the policy says of the whole layer, or of each head."""
+        if self.plan.tokens is None:
+            return None
         prompts = [part.prompt for part in self.parts]
         order = torch.cat(self.heads).argsort()
         keys, values = (torch.cat(each, dim=1)[:, order] for each in zip(*prompts, strict=True))
@@ -167,7 +186,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def removable(self, tokens_to_remove: int) -> int:
         """As of `PrunedLayer`."""
-        return self.parts[0].removable(tokens_to_remove)
+        return max(part.removable(tokens_to_remove) for part in self.parts)
 
     def _each(self, call: Callable[[PrunedLayer], None]) -> None:
         for part in self.parts:

@@ -24,6 +24,7 @@ ABSENT = "a-model-that-is-not-read"
             ("--method-option", "spans=3", "--method", "grace"),
             "spans has no effect unless the objective or the read-out",
         ),
+        (("--method", "snapkv+grace-opt"), "tokens are chosen from a prompt, and a bundle has none, so 'snapkv'"),
         (("--scheduler", "tcp://10.0.0.1:8786"), "--scheduler goes with --engine dask"),
         (("--engine", "dask", "--isolate"), "--isolate is for this machine"),
         (("--engine", "dask", "--scheduler", "tcp://10.0.0.1:8786", "--workers", 3), "a --scheduler has its own"),
@@ -59,6 +60,18 @@ def test_align_counts_in_a_uniform_budget_too(tmp_path: Path) -> None:
         (
             ("--method", "grace-opt", "--ratio", 0.5, "--method-option", "grace-opt.token_share=0.5"),
             "token_share has no effect without a token policy",
+        ),
+        (
+            ("--method", "snapkv+grace-opt", "--ratio", 0.5),
+            "only a share of the bytes can be split between the token policy 'snapkv' and the codec 'channels'",
+        ),
+        (
+            ("--method", "snapkv+think", "--budget-share", 0.5),
+            "a share is split between the token policy 'snapkv' and the codec 'channels' by the error",
+        ),
+        (
+            ("--method", "snapkv", "--budget-share", 0.5, "--method-option", "snapkv.token_weight=2"),
+            "token_weight has no effect unless a share is split",
         ),
         (
             ("--method", "think", "--ratio", 0.5, "--method-option", "think.spans=3"),

@@ -207,7 +207,7 @@ def test_options_that_cannot_be_meant_are_refused_before_any_work(whole_heads: P
         "recent_window must be from 0": ("--recent-window", 2**31),
         "recent_window must be from 0 ": ("--recent-window", -3),
         "align must be at least 1": ("--align", 0),
-        "floor and value_weight not negative": ("--floor", -1),
+        "floor, value_weight and token_weight not negative": ("--floor", -1),
         "floor has no effect in a uniform budget": ("--floor", 3, "--budget", "uniform"),
         "floor has no effect in a uniform budget;": ("--floor", 3, "--method", "grace"),
         "rounding has no effect in a shared budget": ("--method-option", "rounding=ceil"),

@@ -95,8 +95,9 @@ def test_what_is_measured_of_the_real_model_is_what_runs(smollm2: tuple[Any, Any
 
     model, tokenizer = smollm2
     ids = tokenizer(" ".join(topics[each] for each in sorted(topics)[:20]))["input_ids"][: 300 + SCORED]
-    captured = capture(model, ids, 300, 32)
-    plan = Trial(name, METHODS[name], Budget(0.6, 0.2)).plan(captured)
+    trial = Trial(name, METHODS[name], Budget(0.6, 0.2))
+    captured = capture(model, ids, 300, trial.queries)
+    plan = trial.plan(captured)
     if name == "grace-opt":
         assert len({width for each in plan.widths("key").values() for width in each}) > 10
     real = by_hand(model, plan, ids)
