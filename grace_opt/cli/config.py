@@ -29,6 +29,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "objective",
         "value_objective",
         "rope_pairs",
+        "lowrank",
         "protection_multiple",
         "protection_at_least",
         "protection_at_most",
